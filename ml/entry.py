@@ -27,13 +27,20 @@ class Call:
     """One call of an entry: what to do (`op`), from which step folders, into which one."""
 
     op: str
-    recipe: Recipe
+    given_recipe: Recipe | None
     workspace: Path
     out: Path
     inputs: Mapping[str, tuple[Path, ...]]
     options: Mapping[str, str]
     log: RunLog
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe; raises CallError for a call that was given none (a shared corpus has none)."""
+        if self.given_recipe is None:
+            raise CallError(f"{self.op} needs --recipe FILE")
+        return self.given_recipe
 
     def input(self, name: str) -> Path:
         """The one input folder of this name; raises CallError when there is none, or more than one."""
@@ -81,7 +88,7 @@ def parse(argv: Sequence[str] | None, ops: Sequence[str], description: str) -> C
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("op", choices=ops)
-    parser.add_argument("--recipe", type=Path, required=True, help="resolved recipe document (YAML)")
+    parser.add_argument("--recipe", type=Path, help="resolved recipe document (YAML)")
     parser.add_argument("--workspace", type=Path, required=True, help="workspace root")
     parser.add_argument("--out", type=Path, required=True, help="folder of this step")
     parser.add_argument("--input", action="append", default=[], metavar="NAME=FOLDER", help="folder of a step it reads")
@@ -95,7 +102,7 @@ def parse(argv: Sequence[str] | None, ops: Sequence[str], description: str) -> C
         inputs[name] = (*inputs.get(name, ()), Path(value))
     return Call(
         op=args.op,
-        recipe=Recipe.parse(args.recipe.read_text(encoding="utf-8")),
+        given_recipe=Recipe.parse(args.recipe.read_text(encoding="utf-8")) if args.recipe else None,
         workspace=args.workspace,
         out=args.out,
         inputs=inputs,
