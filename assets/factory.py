@@ -1,0 +1,82 @@
+"""A step as a Dagster asset: its story for the UI, and a body that runs it and shows what came out."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.steps import Entry, Step
+from assets.tasks import Done, Runner
+
+SHARDS = dg.DynamicPartitionsDefinition(name="shards")
+FRESH = "opensora/fresh"
+_MAX_PICTURE_BYTES = 400_000
+
+
+def to_asset(step: Step) -> dg.AssetsDefinition:
+    """The Dagster asset of a step, with everything its page shows before it was ever made."""
+
+    @dg.asset(
+        key=dg.AssetKey(list(step.key)),
+        deps=[dg.AssetKey(list(key)) for key in step.upstream],
+        group_name=step.group,
+        description=step.description,
+        kinds=set(step.kinds),
+        owners=[step.owner],
+        code_version=step.code_version,
+        tags=_tags(step),
+        metadata=_facts(step),
+        partitions_def=SHARDS if step.partitioned else None,
+        pool=_pool(step),
+    )
+    def made(context: dg.AssetExecutionContext, runner: dg.ResourceParam[Runner]) -> dg.MaterializeResult:
+        partition = context.partition_key if context.has_partition_key else ""
+        tags = {"dagster.run_id": context.run_id, "dagster.asset_key": "/".join(step.key)}
+        fresh = context.run.tags[FRESH] if FRESH in context.run.tags and step.group == "judgement" else ""
+        done = runner.run(step, partition, tags, fresh, context.log.info)
+        return dg.MaterializeResult(metadata=metadata(done, runner), data_version=dg.DataVersion(done.made.data_version))
+
+    return made
+
+
+def metadata(done: Done, runner: Runner) -> dict[str, Any]:
+    """What the asset page shows: plain numbers (they plot themselves), facts, pictures, and where the run is."""
+    result, folder = done.made.result, done.made.folder
+    shown: dict[str, Any] = {key: float(value) for key, value in result["metrics"].items()}
+    shown |= {key: value for key, value in result["facts"].items() if isinstance(value, str | int | bool)}
+    shown |= {key: dg.MetadataValue.json(v) for key, v in result["facts"].items() if isinstance(v, dict | list)}
+    shown |= {"cost_usd": done.cost_usd, "reused": done.reused, "folder": dg.MetadataValue.path(str(folder))}
+    for name in result["pictures"]:
+        shown[Path(name).stem] = picture(folder / name)
+    if done.made.run_id:
+        shown["mlflow_run"] = dg.MetadataValue.url(runner.tracker.url(done.made.run_id))
+    return shown
+
+
+def picture(path: Path) -> dg.MetadataValue[Any]:
+    """A picture inside the page, or its path when it would swell the event log."""
+    if path.stat().st_size > _MAX_PICTURE_BYTES:
+        return dg.MetadataValue.path(str(path))
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{encoded})")
+
+
+def _tags(step: Step) -> dict[str, str]:
+    recipe = {"recipe": step.recipe.name, "profile": step.recipe.profile} if step.recipe else {}
+    return {**recipe, "purpose": step.purpose}
+
+
+def _facts(step: Step) -> dict[str, Any]:
+    """Definition metadata: the recipe sections that decide the content, the hardware, the command."""
+    shown: dict[str, Any] = {"recipe_sections": ", ".join(step.reads) or "none"}
+    if isinstance(step.work, Entry):
+        compute = step.work.compute
+        shown["command"] = f"python -m {step.work.module} {step.work.op}"
+        shown["hardware"] = f"{compute.nodes} x {compute.accelerators}, price {compute.price}"
+    return shown
+
+
+def _pool(step: Step) -> str | None:
+    """Tasks that fill the machine wait for one another; small steps do not."""
+    return "machine" if isinstance(step.work, Entry) else None

@@ -1,0 +1,24 @@
+"""Latents and text embeddings: encoded once, keyed by what encoded them."""
+
+from assets.autoencoder import autoencoder_key
+from assets.steps import Entry, Step
+from ml.recipe import Recipe
+
+
+def latent_steps(recipe: Recipe) -> list[Step]:
+    """`latents` of every (clip, bucket) that any stage trains on, and the text embeddings of every caption."""
+    return [
+        Step(
+            key=(recipe.name, "latents"),
+            group="encoding",
+            description="Latent and text-embedding shards of every bucket of every stage, with the encoders' digests.",
+            work=Entry("ml.encode", "latents", recipe.compute.encode),
+            purpose="data",
+            recipe=recipe,
+            reads=("text", "seed", *(f"stages.{stage.name}.buckets" for stage in recipe.stages)),
+            inputs={"dataset": ((recipe.name, "dataset_version"),), "autoencoder": (autoencoder_key(recipe),)},
+            kinds=frozenset({"pytorch", "parquet"}),
+            owner="team:training",
+            table="latents",
+        )
+    ]

@@ -1,0 +1,40 @@
+"""Samples: the fixed prompt set, and the videos that the last checkpoint makes of it with recorded seeds."""
+
+from assets.autoencoder import autoencoder_key
+from assets.checkpoints import checkpoint_key
+from assets.steps import Entry, Function, Step
+from evaluation.prompts import load, write_prompts
+from ml.recipe import Recipe
+
+
+def sample_steps(recipe: Recipe) -> list[Step]:
+    """`prompts` and `samples`."""
+    prompts = Step(
+        key=(recipe.name, "prompts"),
+        group="judgement",
+        description=f"The first {recipe.evaluation.num_prompts} prompts of set `{recipe.evaluation.prompts}`.",
+        work=Function(write_prompts, billed=False),
+        purpose="eval",
+        recipe=recipe,
+        reads=("evaluation.prompts", "evaluation.num_prompts"),
+        kinds=frozenset({"json"}),
+        owner="team:evaluation",
+        fingerprint=lambda workspace, partition: load(recipe.evaluation.prompts).digest,
+    )
+    samples = Step(
+        key=(recipe.name, "samples"),
+        group="judgement",
+        description=f"Videos for every prompt and seed, {recipe.sampling.steps} Euler steps, guidance as in the recipe.",
+        work=Entry("ml.sample", "samples", recipe.compute.sample),
+        purpose="eval",
+        recipe=recipe,
+        reads=("sampling", "evaluation.seeds", "text", "objective"),
+        inputs={
+            "prompts": (prompts.key,),
+            "checkpoint": (checkpoint_key(recipe, recipe.stages[-1]),),
+            "autoencoder": (autoencoder_key(recipe),),
+        },
+        kinds=frozenset({"pytorch", "ffmpeg"}),
+        owner="team:evaluation",
+    )
+    return [prompts, samples]

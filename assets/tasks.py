@@ -1,0 +1,165 @@
+"""Running a step: the key first, then what exists, then a task with its own MLflow run, and the pointer last."""
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from assets.steps import LOCAL, Entry, Function, Made, Step, StepError, Walk
+from infra.compute.attempt import Attempts
+from infra.compute.task import Launcher, Resources, Task
+from infra.ledger import bill
+from infra.prices import price
+from infra.settings import Settings
+from infra.tracking import RunLog, Tracker
+from ml.entry import Call
+from ml.sections import Compute
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a step came by its output: made now, or reused; with the run that made it and what this cost."""
+
+    made: Made
+    reused: bool
+    cost_usd: float
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs steps of a walk on a launcher, every attempt an MLflow run."""
+
+    walk: Walk
+    launcher: Launcher
+    tracker: Tracker
+    settings: Settings
+
+    def run(
+        self,
+        step: Step,
+        partition: str = "",
+        tags: Mapping[str, str] | None = None,
+        fresh: str = "",
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Done:
+        """Make the step's output, or find that it exists already under the key it would get.
+
+        `fresh` forces a new evaluation; without it the last one's is kept, so that nothing is made twice. Raises
+        StepError when an input is missing, TaskFailed when the work fails, TrackingError when no run can be opened.
+        """
+        present = self.walk.current(step, partition)
+        fresh = fresh or (present.fresh if present else "")
+        inputs = self.walk.inputs(step, partition)
+        key = self.walk.key(step, partition, inputs, fresh)
+        if found := self.walk.finished(step, partition, key, present.run_id if present else "", fresh):
+            self.walk.point(step, partition, found)
+            return Done(found, reused=True, cost_usd=0.0)
+        out = self.walk.workspace.step(step.path(partition), key)
+        out.mkdir(parents=True, exist_ok=True)
+        run_id, cost = self._work(step, partition, out, inputs, dict(tags or {}), say)
+        made = self.walk.finished(step, partition, key, run_id, fresh)
+        if made is None:
+            raise StepError(f"{step.path(partition)}: the work ended without a result.json in {out}")
+        self.walk.point(step, partition, made)
+        return Done(made, reused=False, cost_usd=cost)
+
+    def _work(
+        self,
+        step: Step,
+        partition: str,
+        out: Path,
+        inputs: Mapping[str, list[Made]],
+        tags: Mapping[str, str],
+        say: Callable[[str], None],
+    ) -> tuple[str, float]:
+        """Do the step's work into `out`; the run id and the dollars."""
+        options = {**step.options, **_shard(partition)}
+        if isinstance(step.work, Function):
+            return self._call(step, partition, Call(
+                op=step.name,
+                given_recipe=step.recipe,
+                workspace=self.walk.workspace.root,
+                out=out,
+                inputs={name: tuple(m.folder for m in made) for name, made in inputs.items()},
+                options=options,
+                log=RunLog(None, None),
+            ), tags)  # fmt: skip
+        task = self._task(step, step.work, partition, out, inputs, options)
+        outcome = Attempts(self.launcher, self.tracker, say).run(replace(task, tags={**task.tags, **tags}))
+        return outcome.run_id, outcome.cost_usd
+
+    def _call(self, step: Step, partition: str, call: Call, tags: Mapping[str, str]) -> tuple[str, float]:
+        """Run a small step in this process, on the bill unless it spends nothing worth a line."""
+        assert isinstance(step.work, Function)  # narrowed by the caller
+        if not step.work.billed:
+            step.work.call(call)
+            return "", 0.0
+        self.tracker.check()
+        run = self.tracker.open(self.experiment(step), step.path(partition), {**self._tags(step, LOCAL), **tags}, {})
+        started, status = time.time(), "FAILED"
+        try:
+            step.work.call(replace(call, log=RunLog(self.tracker.uri, run)))
+            status = "FINISHED"
+        finally:
+            cost = bill(self.tracker, run, status, time.time() - started, LOCAL.devices, price(LOCAL.price))
+        return run, cost
+
+    def _task(
+        self,
+        step: Step,
+        work: Entry,
+        partition: str,
+        out: Path,
+        inputs: Mapping[str, list[Made]],
+        options: Mapping[str, str],
+    ) -> Task:
+        """The command of a step, with the resolved recipe written beside its output."""
+        arguments = [work.op, "--workspace", str(self.walk.workspace.root), "--out", str(out)]
+        if step.recipe:
+            document = out / "recipe.yaml"
+            document.write_text(step.recipe.dump(), encoding="utf-8")
+            arguments += ["--recipe", str(document)]
+        for name, made in inputs.items():
+            arguments += [part for m in made for part in ("--input", f"{name}={m.folder}")]
+        arguments += [part for pair in options.items() for part in ("--option", "=".join(pair))]
+        return Task(
+            name=step.path(partition),
+            module=work.module,
+            arguments=tuple(arguments),
+            out=out,
+            resources=_resources(work.compute),
+            purpose=step.purpose,
+            experiment=self.experiment(step),
+            tags=self._tags(step, work.compute),
+        )
+
+    def experiment(self, step: Step) -> str:
+        """MLflow experiment of a step: one a recipe and profile, one for raw corpora."""
+        return f"opensora/{step.recipe.id if step.recipe else 'corpus'}"
+
+    def _tags(self, step: Step, compute: Compute) -> dict[str, str]:
+        recipe = {"recipe": step.recipe.name, "profile": step.recipe.profile} if step.recipe else {}
+        row = price(compute.price)
+        hardware = {"accelerators": compute.accelerators, "nodes": str(compute.nodes), "price_row": compute.price}
+        spent = {"devices": str(compute.devices), "usd_per_hour": str(row.usd_per_hour), "purpose": step.purpose}
+        return {**recipe, **hardware, **spent, "step": step.name, "git.commit": commit()}
+
+
+def commit() -> str:
+    """Commit of the code that runs, with `-dirty` for uncommitted changes; `unknown` outside a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _shard(partition: str) -> dict[str, str]:
+    """A partition `corpus.shard` as the options that a task takes."""
+    corpus, _, shard = partition.partition(".")
+    return {"corpus": corpus, "shard": shard} if partition else {}
+
+
+def _resources(compute: Compute) -> Resources:
+    return Resources(compute.accelerators, compute.nodes, compute.price, compute.infra, compute.use_spot)

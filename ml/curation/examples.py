@@ -1,0 +1,93 @@
+"""From curated, captioned clips to training examples: the split, the tiers, and the card that describes them.
+
+No shot may stand in both splits, and neither may its neighbours: a long video gives one unbroken block of its clips to
+the holdout, a short one goes whole to one side.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import pandas as pd
+
+from ml.manifest import EXAMPLES
+from ml.recipe import Recipe
+from ml.sections import Range, Tier
+
+_MIN_LONG = 20  # clips from which a video is long enough to give a block to each side
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be trained on, with the setting that leaves it empty."""
+
+
+def build_examples(recipe: Recipe, curated: pd.DataFrame, captions: pd.DataFrame) -> pd.DataFrame:
+    """The EXAMPLES table of the kept, captioned clips, ordered by id.
+
+    Raises DatasetError when a tier that a stage trains on has no training example.
+    """
+    kept = curated[curated["keep"]].merge(captions[["clip_id", "caption"]], on="clip_id", how="inner")
+    kept = kept.sort_values(["video_id", "start_seconds"], kind="stable")
+    kept["split"] = [split for _, group in kept.groupby("video_id", sort=False) for split in _splits(recipe, group)]
+    kept["tiers"] = [" ".join(t.name for t in recipe.dataset.tiers if _in_tier(row, t)) for row in kept.to_dict("records")]
+    examples = EXAMPLES.conform(kept[[c.name for c in EXAMPLES.columns]].sort_values("clip_id"))
+    for stage in (*recipe.autoencoder.stages, *recipe.stages):
+        train = examples[(examples["split"] == "train") & _holds(examples["tiers"], stage.tier)]
+        if train.empty:
+            raise DatasetError(
+                f"no training example is in tier {stage.tier!r}, which stage {stage.name} trains on: relax "
+                f"dataset.tiers.{stage.tier}.thresholds or add footage ({len(examples)} examples in all)"
+            )
+    if not (examples["split"] == "holdout").any():
+        raise DatasetError("no example is held out: raise dataset.holdout_fraction or add footage")
+    return examples
+
+
+def data_card(recipe: Recipe, examples: pd.DataFrame, curated: pd.DataFrame) -> str:
+    """Markdown that says what the dataset is made of, from which sources, under which licences, and what was dropped."""
+    hours = float((examples["num_frames"] / examples["fps"]).sum()) / 3600
+    dropped = curated[~curated["keep"]]["reason"].str.split(" ").str[0].value_counts()
+    tiers = {t.name: int(_holds(examples["tiers"], t.name).sum()) for t in recipe.dataset.tiers}
+    lines = [
+        f"# Data card: {recipe.title} ({recipe.profile})",
+        "",
+        f"{len(examples)} clips, {hours:.3f} hours, from {examples['video_id'].nunique()} videos.",
+        "",
+        *_table("Licence", examples["licence"].value_counts().items()),
+        *_table("Split", examples["split"].value_counts().items()),
+        *_table("Tier", tiers.items()),
+        *_table("Dropped because of", dropped.items()),
+        "Not filled in by the pipeline: consent of people shown, known biases of the footage, contact for takedown.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _splits(recipe: Recipe, group: pd.DataFrame) -> list[str]:
+    """Split of every clip of one video, in time order."""
+    count, chance = len(group), _chance(recipe.seed, str(group["video_id"].iloc[0]))
+    if count < _MIN_LONG:
+        return ["holdout" if chance < recipe.dataset.holdout_fraction else "train"] * count
+    block = max(1, round(count * recipe.dataset.holdout_fraction))
+    start = int(chance * (count - block))
+    return ["holdout" if start <= i < start + block else "train" for i in range(count)]
+
+
+def _chance(seed: int, video_id: str) -> float:
+    """A number in [0, 1) that depends on the seed and the video only."""
+    return int(hashlib.sha256(f"{seed}:{video_id}".encode()).hexdigest()[:8], 16) / 2**32
+
+
+def _in_tier(row: dict[str, float], tier: Tier) -> bool:
+    return all(inside(float(row[score]), wanted) for score, wanted in tier.thresholds.items())
+
+
+def inside(value: float, wanted: Range) -> bool:
+    """Whether a score lies in a closed range whose missing ends are open."""
+    return (wanted.min is None or value >= wanted.min) and (wanted.max is None or value <= wanted.max)
+
+
+def _holds(tiers: pd.Series, name: str) -> pd.Series:
+    return tiers.map(lambda held: name in held.split()).astype(bool)
+
+
+def _table(title: str, rows: Iterable[tuple[object, object]]) -> list[str]:
+    return [f"| {title} | clips |", "|---|--:|", *(f"| {name} | {count} |" for name, count in rows), ""]
