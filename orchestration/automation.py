@@ -1,0 +1,49 @@
+"""What runs by itself: the scheduled re-evaluation, and the sensor that notices new footage.
+
+Nothing here trains. Both start switched off: a person decides, in the Dagster UI, that they may spend.
+"""
+
+import dagster as dg
+
+from assets.factory import FRESH, SHARDS
+from assets.steps import Walk
+from ml.recipe import Recipe
+
+
+def re_evaluation(recipe: Recipe, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+    """Samples and reports again on the recipe's schedule, even though nothing changed: the stack under them may have."""
+
+    @dg.schedule(
+        name=f"{recipe.name}__re_evaluation",
+        cron_schedule=recipe.evaluation.cron,
+        job=job,
+        description="Sample and judge the last checkpoint again, and keep the new report beside the old one.",
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+    )
+    def again(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
+        when = context.scheduled_execution_time.strftime("%Y-%m-%dT%H:%M")
+        return dg.RunRequest(run_key=when, tags={FRESH: when})
+
+    return again
+
+
+def new_shards(recipe: Recipe, walk: Walk, job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
+    """A partition and a `curate` run for every shard that a corpus of the recipe has and Dagster does not know."""
+    step = walk.step((recipe.name, "shots"))
+
+    @dg.sensor(
+        name=f"{recipe.name}__new_shards",
+        job=job,
+        minimum_interval_seconds=60,
+        description="Looks for shard lists that `opensora corpus add` wrote since the last look.",
+        default_status=dg.DefaultSensorStatus.STOPPED,
+    )
+    def look(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        known = set(context.instance.get_dynamic_partitions(str(SHARDS.name)))
+        fresh = [name for name in walk.partitions(step) if name not in known]
+        if not fresh:
+            return dg.SkipReason(f"{len(known)} shards known, none new")
+        requests = [dg.RunRequest(run_key=f"{recipe.name}:{name}", partition_key=name) for name in fresh]
+        return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=[SHARDS.build_add_request(fresh)])
+
+    return look
