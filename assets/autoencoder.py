@@ -2,7 +2,7 @@
 
 from assets.steps import Entry, Function, Step
 from evaluation.reconstruction import fetch_lpips
-from ml.models.released import import_autoencoder
+from ml.entry import Call
 from ml.recipe import Recipe
 from ml.sections import AutoencoderStage
 
@@ -43,13 +43,20 @@ def _imported(recipe: Recipe) -> Step:
         key=(recipe.name, "autoencoder"),
         group="autoencoder",
         description=f"Released autoencoder weights from `{recipe.autoencoder.weights_uri}`, every key checked.",
-        work=Function(import_autoencoder),
+        work=Function(_import),
         purpose="storage",
         recipe=recipe,
         reads=(*(f"autoencoder.{field}" for field in _NETWORK), "autoencoder.weights_uri", "autoencoder.scale"),
         kinds=frozenset({"pytorch"}),
         owner="team:training",
     )
+
+
+def _import(call: Call) -> None:
+    """Check and place the released weights; the import stands here because it brings torch."""
+    from ml.models.released import import_autoencoder
+
+    import_autoencoder(call)
 
 
 def _stage(recipe: Recipe, stage: AutoencoderStage, before: tuple[str, str] | None) -> Step:

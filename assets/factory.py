@@ -34,7 +34,7 @@ def to_asset(step: Step) -> dg.AssetsDefinition:
         partition = context.partition_key if context.has_partition_key else ""
         tags = {"dagster.run_id": context.run_id, "dagster.asset_key": "/".join(step.key)}
         fresh = context.run.tags[FRESH] if FRESH in context.run.tags and step.group == "judgement" else ""
-        done = runner.run(step, partition, tags, fresh, context.log.info)
+        done = runner.run(step, partition, tags, fresh)
         return dg.MaterializeResult(metadata=metadata(done, runner), data_version=dg.DataVersion(done.made.data_version))
 
     return made

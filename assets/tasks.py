@@ -2,8 +2,9 @@
 
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from assets.steps import LOCAL, Entry, Function, Made, Step, StepError, Walk
@@ -28,6 +29,19 @@ class Done:
     cost_usd: float
 
 
+class Watch:
+    """What a person is shown while steps run; this one shows nothing, the CLI's shows progress."""
+
+    def started(self, path: str) -> None:
+        """A step's work begins."""
+
+    def line(self, path: str, text: str) -> None:
+        """A line of a task's log."""
+
+    def ended(self, path: str, done: Done, seconds: float) -> None:
+        """A step has its output."""
+
+
 @dataclass(frozen=True)
 class Runner:
     """Runs steps of a walk on a launcher, every attempt an MLflow run."""
@@ -36,6 +50,7 @@ class Runner:
     launcher: Launcher
     tracker: Tracker
     settings: Settings
+    watch: Watch = Watch()
 
     def run(
         self,
@@ -43,28 +58,34 @@ class Runner:
         partition: str = "",
         tags: Mapping[str, str] | None = None,
         fresh: str = "",
-        say: Callable[[str], None] = lambda line: None,
     ) -> Done:
         """Make the step's output, or find that it exists already under the key it would get.
 
         `fresh` forces a new evaluation; without it the last one's is kept, so that nothing is made twice. Raises
         StepError when an input is missing, TaskFailed when the work fails, TrackingError when no run can be opened.
         """
+        started = time.time()
+        path = step.path(partition)
         present = self.walk.current(step, partition)
         fresh = fresh or (present.fresh if present else "")
         inputs = self.walk.inputs(step, partition)
         key = self.walk.key(step, partition, inputs, fresh)
         if found := self.walk.finished(step, partition, key, present.run_id if present else "", fresh):
-            self.walk.point(step, partition, found)
-            return Done(found, reused=True, cost_usd=0.0)
-        out = self.walk.workspace.step(step.path(partition), key)
+            return self._settle(step, partition, Done(found, reused=True, cost_usd=0.0), started)
+        out = self.walk.workspace.step(path, key)
         out.mkdir(parents=True, exist_ok=True)
-        run_id, cost = self._work(step, partition, out, inputs, dict(tags or {}), say)
+        self.watch.started(path)
+        run_id, cost = self._work(step, partition, out, inputs, dict(tags or {}))
         made = self.walk.finished(step, partition, key, run_id, fresh)
         if made is None:
-            raise StepError(f"{step.path(partition)}: the work ended without a result.json in {out}")
-        self.walk.point(step, partition, made)
-        return Done(made, reused=False, cost_usd=cost)
+            raise StepError(f"{path}: the work ended without a result.json in {out}")
+        return self._settle(step, partition, Done(made, reused=False, cost_usd=cost), started)
+
+    def _settle(self, step: Step, partition: str, done: Done, started: float) -> Done:
+        """Point at the output and tell whoever watches."""
+        self.walk.point(step, partition, done.made)
+        self.watch.ended(step.path(partition), done, time.time() - started)
+        return done
 
     def _work(
         self,
@@ -73,7 +94,6 @@ class Runner:
         out: Path,
         inputs: Mapping[str, list[Made]],
         tags: Mapping[str, str],
-        say: Callable[[str], None],
     ) -> tuple[str, float]:
         """Do the step's work into `out`; the run id and the dollars."""
         options = {**step.options, **_shard(partition)}
@@ -88,7 +108,8 @@ class Runner:
                 log=RunLog(None, None),
             ), tags)  # fmt: skip
         task = self._task(step, step.work, partition, out, inputs, options)
-        outcome = Attempts(self.launcher, self.tracker, say).run(replace(task, tags={**task.tags, **tags}))
+        attempts = Attempts(self.launcher, self.tracker, partial(self.watch.line, task.name))
+        outcome = attempts.run(replace(task, tags={**task.tags, **tags}))
         return outcome.run_id, outcome.cost_usd
 
     def _call(self, step: Step, partition: str, call: Call, tags: Mapping[str, str]) -> tuple[str, float]:

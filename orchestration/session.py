@@ -1,0 +1,69 @@
+"""One installation in one process: settings, recipes, Dagster instance and definitions, for the CLI to speak to."""
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import dagster as dg
+
+from assets.factory import SHARDS
+from assets.steps import Walk
+from assets.tasks import Runner, Watch
+from infra.settings import TELEMETRY_OFF, Settings
+from ml.recipe import Recipe, user_folders
+from orchestration.definitions import build_definitions
+from orchestration.resources import runner_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A recipe under the present settings, ready to be materialised in this process."""
+
+    settings: Settings
+    recipe: Recipe
+    watch: Watch
+
+    @classmethod
+    def open(cls, name: str, profile: str | None, watch: Watch) -> "Session":
+        """Load the settings and the recipe; raises RecipeError when the recipe does not hold together."""
+        os.environ.update(TELEMETRY_OFF)  # before the first tool that reports home is imported
+        settings = Settings()
+        return cls(settings, Recipe.load(name, profile or settings.profile, user_folders()), watch)
+
+    @cached_property
+    def runner(self) -> Runner:
+        """The runner, telling this session's watcher what happens."""
+        return replace(runner_of([self.recipe], self.settings), watch=self.watch)
+
+    @property
+    def walk(self) -> Walk:
+        """The steps of the recipe."""
+        return self.runner.walk
+
+    @cached_property
+    def instance(self) -> dg.DagsterInstance:
+        """The Dagster instance that `dagster.yaml` at the root describes, the same that the UI shows."""
+        os.environ.setdefault("DAGSTER_HOME", str(ROOT))
+        return dg.DagsterInstance.get()
+
+    def curate(self) -> None:
+        """Materialise every shard of the recipe's corpora, up to its scores."""
+        shards = self.walk.partitions(self.walk.step((self.recipe.name, "shots")))
+        self.instance.add_dynamic_partitions(str(SHARDS.name), shards)
+        for shard in shards:
+            self.execute("curate", shard)
+
+    def execute(self, job: str, partition: str | None = None, selection: tuple[str, ...] = ()) -> None:
+        """Run a job of the recipe in this process; raises whatever a step raised."""
+        definitions = build_definitions([self.recipe], self.settings)
+        chosen = definitions.resolve_job_def(f"{self.recipe.name}__{job}")
+        chosen.execute_in_process(
+            instance=self.instance,
+            partition_key=partition,
+            resources={"runner": self.runner},
+            asset_selection=[dg.AssetKey([self.recipe.name, name]) for name in selection] or None,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
