@@ -55,8 +55,8 @@ def mask(kind: Kind, latent_frames: int, device: torch.device | str = "cpu") -> 
 def condition(latent: Tensor, kinds: Sequence[Kind], tails: Tensor | None = None) -> Tensor:
     """Condition [B,C+1,t,h,w] of a batch of latents [B,C,t,h,w], one kind a sample.
 
-    `tails` [B,C,1,h,w] is the last frame encoded alone, which is what a person gives at sampling time; it stands for the
-    last latent of i2v_tail and i2v_loop. Without it their own last latent is given.
+    `tails` [B,C,1,h,w] is the last frame encoded alone, which is what a person gives at sampling time; it stands for
+    the last latent of i2v_tail and i2v_loop. Without it their own last latent is given.
     """
     frames = latent.shape[2]
     masks = torch.stack([mask(kind, frames, latent.device) for kind in kinds]).to(latent.dtype)
@@ -71,8 +71,8 @@ def condition(latent: Tensor, kinds: Sequence[Kind], tails: Tensor | None = None
 def place(references: Sequence[Tensor], kind: Kind, grid: tuple[int, int, int]) -> Tensor:
     """Condition [1,C+1,t,h,w] from encoded references [C,f,h,w]: the head's, then the tail's, as `kind` needs them.
 
-    A reference longer than its place is cut (a head keeps its first latents, a tail its last). Raises ValueError when the
-    number of references is wrong, or a reference is too short.
+    A reference longer than its place is cut (a head keeps its first latents, a tail its last). Raises ValueError when
+    the number of references is wrong, or a reference is too short.
     """
     frames, height, width = grid
     kind = fitting(kind, frames)

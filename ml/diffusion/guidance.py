@@ -1,9 +1,10 @@
 """Classifier-free guidance without wasted rows: per step, which rows the network must evaluate, and their weights.
 
-Open-Sora 2.0 evaluates three rows a step, p = (prompt, given), u = (negative, given), n = (negative, nothing), and takes
-n + g_image (u - n) + g_text (p - u) (ou/sampling.py, main). That is the weighted sum g_text p + (g_image - g_text) u +
-(1 - g_image) n: rows of weight zero need no evaluation, and without a given frame u and n are one row. Fifty oscillating
-steps need 80 evaluations instead of 150 for text-to-video and 110 for image-to-video, with equal results.
+Open-Sora 2.0 evaluates three rows a step, p = (prompt, given), u = (negative, given), n = (negative, nothing), and
+takes n + g_image (u - n) + g_text (p - u) (ou/sampling.py, main). That is the weighted sum g_text p +
+(g_image - g_text) u + (1 - g_image) n: rows of weight zero need no evaluation, and without a given frame u and n are
+one row. Fifty oscillating steps need 80 evaluations instead of 150 for text-to-video and 110 for image-to-video, with
+equal results.
 
 Letters: B batch, R rows, C latent channels, t h w latent grid.
 """
@@ -110,7 +111,7 @@ class GuidedVelocity:
 def _step(guidance: Guidance, index: int, steps: int, kind: Kind, latent_frames: int) -> Step:
     full = not guidance.oscillate or index < FULL_STEPS or index % 2 == 0
     text = guidance.text if full else 1.0
-    image = (guidance.image if full else 1.0,)
+    image: tuple[float, ...] = (guidance.image if full else 1.0,)
     if guidance.oscillate and kind.startswith("i2v") and image[0] > 1.0:
         image = _ramp(image[0], index, steps, latent_frames)
     given = kind != "t2v"

@@ -4,6 +4,7 @@ Letters: B batch, C latent channels, t h w latent grid.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def solve(velocity: Velocity, start: Tensor, grid: Tensor, progress: Callable[[i
     `progress` is called after each step with the number of steps done.
     """
     x, times = start, grid.tolist()
-    for index, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (now, then) in enumerate(pairwise(times)):
         x = x + (then - now) * velocity(x, now, index)
         if progress is not None:
             progress(index + 1)

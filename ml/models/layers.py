@@ -14,7 +14,7 @@ NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a learned scale; computed in float32, returned in the input's dtype."""
+    """Root-mean-square norm over the last axis with a learned scale; computed in at least float32."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

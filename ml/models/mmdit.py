@@ -1,13 +1,13 @@
 """The multi-modal diffusion transformer of Open-Sora 2.0: a velocity for every latent, given time, text and condition.
 
-Letters: B batch, C latent channels, t h w latent grid, p patch, L visual tokens, S text tokens, W width, N heads, D head
-size, P pooled text size. Parameters carry the names of the released weights (`Open_Sora_v2.safetensors`, unfused layout),
-so those load strictly. Text tokens come first wherever both streams are joined.
+Letters: B batch, C latent channels, t h w latent grid, p patch, L visual tokens, S text tokens, W width, N heads, D
+head size, P pooled text size. Parameters carry the names of the released weights (`Open_Sora_v2.safetensors`, unfused
+layout), so those load strictly. Text tokens come first wherever both streams are joined.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
@@ -101,8 +101,9 @@ class MMDiT(nn.Module):
     ) -> Tensor:
         """Velocity of the flow at (x, t).
 
-        x [B,C,t,h,w], t [B] in 0..1 (1 is noise), context [B,S,context_dim], pooled [B,P], condition [B,C+1,t,h,w] (mask,
-        then masked latent; None means nothing is given), guidance [B] for a guidance-distilled network -> [B,C,t,h,w].
+        x [B,C,t,h,w], t [B] in 0..1 (1 is noise), context [B,S,context_dim], pooled [B,P], condition [B,C+1,t,h,w]
+        (mask, then masked latent; None means nothing is given), guidance [B] for a guidance-distilled network
+        -> [B,C,t,h,w]. Raises ValueError when a distilled network gets no guidance.
         """
         vec = self._vec(t, pooled, guidance, x.dtype)
         img = self.sp.split(self._embed(x, condition), dim=1)
@@ -117,12 +118,13 @@ class MMDiT(nn.Module):
         return unpack(self.sp.gather(out, dim=1), tuple(x.shape[2:]), self.section.patch)
 
     def _vec(self, t: Tensor, pooled: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
-        vec = self.time_in(timestep_embedding(t, TIME_FEATURES).to(dtype)) + self.vector_in(pooled.to(dtype))
+        vec: Tensor = self.time_in(timestep_embedding(t, TIME_FEATURES).to(dtype)) + self.vector_in(pooled.to(dtype))
         if self.guidance_in is None:
             return vec
         if guidance is None:
             raise ValueError("this network is guidance-distilled (guidance_embed: true): pass guidance [B]")
-        return vec + self.guidance_in(timestep_embedding(guidance, TIME_FEATURES).to(dtype))
+        guided: Tensor = vec + self.guidance_in(timestep_embedding(guidance, TIME_FEATURES).to(dtype))
+        return guided
 
     def _embed(self, x: Tensor, condition: Tensor | None) -> Tensor:
         img: Tensor = self.img_in(pack(x, self.section.patch))
@@ -130,7 +132,8 @@ class MMDiT(nn.Module):
             return img
         if condition is None:
             condition = x.new_zeros(x.shape[0], self.latent_channels + 1, *x.shape[2:])
-        return img + self.cond_in(pack(condition, self.section.patch))
+        conditioned: Tensor = img + self.cond_in(pack(condition, self.section.patch))
+        return conditioned
 
     def _rope(self, grid: torch.Size, num_text: int, like: Tensor) -> Rope:
         """Cosines and sines [L,D/2] of this rank's tokens, text first; text sits at position (0,0,0)."""
@@ -141,10 +144,10 @@ class MMDiT(nn.Module):
         dtype = torch.promote_types(like.dtype, torch.float32)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def _run(self, block: nn.Module, recompute: bool, *args: object) -> tuple[Tensor, Tensor] | Tensor:
+    def _run(self, block: nn.Module, recompute: bool, *args: object) -> Any:
         if recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, self.sp, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(*args, self.sp)  # type: ignore[no-any-return]
+            return checkpoint(block, *args, self.sp, use_reentrant=False)
+        return block(*args, self.sp)
 
 
 class StreamAttention(nn.Module):
@@ -170,10 +173,10 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, model: sections.MMDiT) -> None:
         super().__init__()
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", Modulation(model.width, 6))
-            self.add_module(f"{stream}_attn", StreamAttention(model.width, model.heads))
-            self.add_module(f"{stream}_mlp", mlp(model.width, int(model.width * model.mlp_ratio)))
+        width, hidden = model.width, int(model.width * model.mlp_ratio)
+        self.img_mod, self.txt_mod = Modulation(width, 6), Modulation(width, 6)
+        self.img_attn, self.txt_attn = StreamAttention(width, model.heads), StreamAttention(width, model.heads)
+        self.img_mlp, self.txt_mlp = mlp(width, hidden), mlp(width, hidden)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, sp: SequenceParallel) -> tuple[Tensor, Tensor]:
         """img [B,L,W], txt [B,S,W], vec [B,W] -> the same shapes."""
@@ -182,7 +185,7 @@ class DoubleBlock(nn.Module):
         img_qkv = self.img_attn.project(modulate(img, img_mod[0], img_mod[1]))
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
         joint = heads_last(sp.attention(rotate(query, *rope), rotate(key, *rope), value))
-        txt_out, img_out = joint.split([txt.shape[1], img.shape[1]], dim=1)
+        txt_out, img_out = joint.tensor_split([txt.shape[1]], dim=1)
         img = img + img_mod[2] * self.img_attn.proj(img_out)
         txt = txt + txt_mod[2] * self.txt_attn.proj(txt_out)
         img = img + img_mod[5] * self.img_mlp(modulate(img, img_mod[3], img_mod[4]))
@@ -212,7 +215,8 @@ class SingleBlock(nn.Module):
         value, hidden = self.v_mlp(inner).tensor_split([self.width], dim=-1)
         joint = sp.attention(rotate(query, *rope), rotate(key, *rope), heads_first(value, self.heads))
         hidden = nn.functional.gelu(hidden, approximate="tanh")
-        return x + gate * self.linear2(torch.cat([heads_last(joint), hidden], dim=-1))
+        out: Tensor = x + gate * self.linear2(torch.cat([heads_last(joint), hidden], dim=-1))
+        return out
 
 
 class FinalLayer(nn.Module):
@@ -248,11 +252,11 @@ def initialise(network: MMDiT) -> None:
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     silent = [m.lin for m in network.modules() if isinstance(m, Modulation)]
-    silent += [network.final_layer.linear, network.final_layer.adaLN_modulation[1]]
+    silent.append(network.final_layer.linear)
+    silent += [m for m in network.final_layer.adaLN_modulation if isinstance(m, nn.Linear)]
     silent += [network.cond_in] if network.cond_in is not None else []
     for layer in silent:
         nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
 
 
 def save_mmdit(folder: Path, network: MMDiT, origin: Origin, state: Mapping[str, Tensor] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Weights on disk: `weights.safetensors` and, beside it, `model.json`, the card that says which network they belong to."""
+"""Weights on disk: `weights.safetensors`, and beside it `model.json`, the card that says whose they are."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ WEIGHTS = "weights.safetensors"
 CARD = "model.json"
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(ValueError):  # noqa: N818  (the house names it so)
     """Weights that belong to another recipe, kind or size of network; the message names both."""
 
 
@@ -81,4 +81,4 @@ def check_card(folder: Path, found: Card, wanted: Card) -> None:
 
 def _configs(found: Card, wanted: Card) -> list[tuple[str, Any, Any]]:
     have, want = (json.loads(json.dumps(dict(card.config))) for card in (found, wanted))
-    return [(key, have[key] if key in have else None, want[key] if key in want else None) for key in {*have, *want}]
+    return [(key, have.get(key), want.get(key)) for key in sorted({*have, *want})]

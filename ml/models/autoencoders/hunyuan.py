@@ -1,4 +1,4 @@
-"""The causal video autoencoder of HunyuanVideo, which Open-Sora 2.0 uses: diffusers' network behind the house's interface.
+"""The causal video autoencoder of HunyuanVideo, which Open-Sora 2.0 uses: diffusers' network, the house's interface.
 
 Letters: B batch, C latent channels, T frames, H W pixels, t h w latent grid, t = (T-1)/4 + 1, h = H/8, w = W/8.
 The first latent frame depends on the first frame only, so a picture is a clip of one frame. Videos are in [-1, 1].
@@ -27,7 +27,8 @@ class VideoAutoencoder(nn.Module):
 
         self.section = section
         self.scale = 1.0 if section.scale is None else section.scale
-        self.net = AutoencoderKLHunyuanVideo(
+        build: Any = AutoencoderKLHunyuanVideo  # untyped
+        self.net = build(
             latent_channels=section.latent_channels,
             block_out_channels=section.channels,
             layers_per_block=section.layers_per_block,
@@ -46,7 +47,7 @@ class VideoAutoencoder(nn.Module):
         return reconstruction, mean, logvar
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, both [B,C,t,h,w], before scaling; raises ValueError on a shape that does not divide."""
+        """Mean and log variance, both [B,C,t,h,w], before scaling; raises ValueError when strides do not fit."""
         self.latent_shape(*video.shape[2:])
         posterior = self.net.encode(video, return_dict=False)[0]
         return posterior.mean, posterior.logvar
