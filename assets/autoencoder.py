@@ -54,7 +54,7 @@ def _imported(recipe: Recipe) -> Step:
 
 def _import(call: Call) -> None:
     """Check and place the released weights; the import stands here because it brings torch."""
-    from ml.models.released import import_autoencoder
+    from ml.released import import_autoencoder
 
     import_autoencoder(call)
 

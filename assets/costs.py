@@ -6,12 +6,14 @@ from functools import partial
 import pandas as pd
 
 from assets.steps import Function, Step
-from infra.ledger import Ledger, all_in, by_step, headline
+from infra.ledger import Ledger, Purpose, headline
 from infra.settings import Settings
 from infra.tracking import Tracker
 from ml.entry import Call
 from ml.plan import Plan, plan
 from ml.recipe import Recipe
+
+CORPUS = "opensora/corpus"
 
 
 def cost_steps(recipe: Recipe, settings: Settings) -> list[Step]:
@@ -67,23 +69,34 @@ def write_bill(call: Call, tracking_uri: str) -> None:
     table.to_csv(call.out / "bill.csv", index=False)
     rows.to_csv(call.out / "ledger.csv", index=False)
     _draw(table, call.out / "costs.png")
-    totals = {"headline_usd": headline(rows), "all_in_usd": all_in(rows), "budget_usd": call.recipe.budget_usd}
-    facts = {"attempts": len(rows), "failed_attempts": int((rows["purpose"] == "failed").sum())}
-    call.finish(totals | facts, pictures=["costs.png"], data=["bill.csv"])
+    facts = {"attempts": len(rows), "failed_attempts": int((rows["purpose"] == Purpose.FAILED).sum())}
+    call.finish(totals(rows, call.recipe) | facts, pictures=["costs.png"], data=["bill.csv"])
+
+
+def totals(rows: pd.DataFrame, recipe: Recipe) -> dict[str, float]:
+    """Headline (what papers report), all-in (what was paid), and the recipe's budget, in dollars."""
+    paid, reported = float(rows["cost_usd"].sum()), float(headline(rows)["cost_usd"].sum())
+    return {"headline_usd": reported, "all_in_usd": paid, "budget_usd": recipe.budget_usd}
 
 
 def recipe_rows(tracker: Tracker, recipe: Recipe) -> pd.DataFrame:
     """The ledger rows that a recipe's bill is made of: its own runs and those of the corpora it uses."""
-    rows = Ledger(tracker).rows()
-    own = (rows["recipe"] == recipe.name) & (rows["profile"] == recipe.profile)
-    return rows[own | rows["recipe"].isin(["", None])].reset_index(drop=True)
+    ledger = Ledger(tracker)
+    return pd.concat([ledger.rows(experiment) for experiment in (CORPUS, f"opensora/{recipe.id}")], ignore_index=True)
 
 
 def plan_beside_bill(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:
     """One row a step: attempts, seconds, dollars spent, dollars spent in failed attempts, dollars planned."""
-    table = by_step(rows)
+    spoiled = rows["cost_usd"].where(rows["purpose"].isin([Purpose.FAILED, Purpose.PREEMPTED]), 0.0)
+    grouped = rows.assign(failed_usd=spoiled).groupby("step", sort=False)
+    table = grouped.agg(
+        attempts=("run_id", "size"),
+        seconds=("seconds", "sum"),
+        cost_usd=("cost_usd", "sum"),
+        failed_usd=("failed_usd", "sum"),
+    ).reset_index()
     expected = {f"dit_{stage.name}": stage.usd for stage in planned.stages}
-    return table.assign(planned_usd=table["step"].map(expected))
+    return table.assign(planned_usd=table["step"].str.split("/").str[-1].map(expected))
 
 
 def _bill_digest(tracking_uri: str, recipe: Recipe) -> str:

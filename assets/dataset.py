@@ -6,7 +6,8 @@ from functools import partial
 from assets.steps import Function, Step
 from infra.settings import Settings
 from infra.versioning import DataRepo
-from ml.curation.examples import build_examples, data_card
+from infra.workspace import Workspace
+from ml.curation.examples import build_examples, data_card, in_tier
 from ml.entry import Call
 from ml.manifest import CAPTIONS, CURATED, EXAMPLES
 from ml.recipe import Recipe
@@ -37,16 +38,13 @@ def freeze_dataset(call: Call, remote: str) -> None:
     examples = build_examples(call.recipe, curated, captions)
     EXAMPLES.write(examples, call.out)
     (call.out / "card.md").write_text(data_card(call.recipe, examples, curated), encoding="utf-8")
-    repo = DataRepo(call.workspace / "data", remote)
+    repo = DataRepo(Workspace(call.workspace).data_repo, remote)
     clips = [(call.workspace / path, path) for path in examples["path"]]
     revision = repo.freeze(call.out, call.recipe.id, f"{call.recipe.title}: {len(examples)} examples", clips)
     facts = {"dvc_revision": revision.name, "git_commit": revision.commit, "dvc_md5": revision.md5, "dvc_remote": remote}
     (call.out / "revision.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     holdout = int((examples["split"] == "holdout").sum())
     metrics = {"examples": len(examples), "examples_train": len(examples) - holdout, "examples_holdout": holdout}
-    tiers = {f"tier_{t.name}": int(_held(examples["tiers"], t.name)) for t in call.recipe.dataset.tiers}
+    tiers = {f"tier_{t.name}": int(in_tier(examples, t.name).sum()) for t in call.recipe.dataset.tiers}
     call.finish(metrics | tiers, facts=facts, data=["examples.parquet"])
 
-
-def _held(tiers: "object", name: str) -> int:
-    return sum(name in str(held).split() for held in tiers)  # type: ignore[attr-defined]

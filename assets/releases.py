@@ -7,9 +7,11 @@ from assets.checkpoints import checkpoint_key
 from assets.steps import Function, Step
 from evaluation.gates import judge
 from evaluation.report import Report
-from infra.registry import Registry
+from infra.registry import Checkpoint, Registry
+from infra.runs import Status
 from infra.settings import Settings
 from infra.storage import sha256_of
+from infra.tracking import Tracker
 from ml.entry import Call
 from ml.recipe import Recipe
 
@@ -50,12 +52,22 @@ def release(call: Call, tracking_uri: str) -> None:
         "weights_sha256": sha256_of(weights),
         "weights_path": weights.relative_to(call.workspace).as_posix(),
     }
-    registry = Registry(tracking_uri)
-    name = f"opensora-{call.recipe.name}-{call.recipe.profile}"
-    version = registry.register(name, call.log.run_id, weights, facts, dict(report.metrics))
-    registry.alias(name, version, "candidate")
-    if decision.passed:
-        registry.alias(name, version, "champion")
-    record = {**facts, "model": name, "version": version, "rules": list(decision.lines)}
+    registry, name = Registry(tracking_uri), f"opensora-{call.recipe.id}"
+    trained_by = training_run(Tracker(tracking_uri), call.recipe, weights.parent.name)
+    checkpoint = Checkpoint(name, trained_by, weights.absolute().as_uri(), facts["weights_sha256"], tags=facts)
+    version = registry.register(checkpoint)
+    registry.score(version, str(call.log.run_id), report.metrics)
+    for alias in ("candidate", "champion") if decision.passed else ("candidate",):
+        registry.set_alias(name, alias, version.version)
+    record = {**facts, "model": name, "version": version.version, "rules": list(decision.lines)}
     (call.out / "release.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     call.finish({"gate_passed": float(decision.passed)}, facts=record, data=["release.json"])
+
+
+def training_run(tracker: Tracker, recipe: Recipe, step_key: str) -> str:
+    """The run that finished the checkpoint of this step key; raises LookupError when the store has forgotten it."""
+    runs = tracker.runs(f"opensora/{recipe.id}", f"tags.step_key = '{step_key}'")
+    for run in runs:
+        if run.status == Status.FINISHED:
+            return run.run_id
+    raise LookupError(f"no finished run with step key {step_key} in MLflow: train the stage again to have one")

@@ -1,9 +1,12 @@
 """Samples: the fixed prompt set, and the videos that the last checkpoint makes of it with recorded seeds."""
 
+import json
+
 from assets.autoencoder import autoencoder_key
 from assets.checkpoints import checkpoint_key
 from assets.steps import Entry, Function, Step
-from evaluation.prompts import load, write_prompts
+from evaluation.prompts import load
+from ml.entry import Call
 from ml.recipe import Recipe
 
 
@@ -13,7 +16,7 @@ def sample_steps(recipe: Recipe) -> list[Step]:
         key=(recipe.name, "prompts"),
         group="judgement",
         description=f"The first {recipe.evaluation.num_prompts} prompts of set `{recipe.evaluation.prompts}`.",
-        work=Function(write_prompts, billed=False),
+        work=Function(_write_prompts, billed=False),
         purpose="eval",
         recipe=recipe,
         reads=("evaluation.prompts", "evaluation.num_prompts"),
@@ -38,3 +41,10 @@ def sample_steps(recipe: Recipe) -> list[Step]:
         owner="team:evaluation",
     )
     return [prompts, samples]
+
+
+def _write_prompts(call: Call) -> None:
+    """Write `prompts.json`, the texts in order, and the digest that a report's protocol names."""
+    chosen = load(call.recipe.evaluation.prompts).first(call.recipe.evaluation.num_prompts)
+    (call.out / "prompts.json").write_text(json.dumps(chosen.texts, indent=2), encoding="utf-8")
+    call.finish({"num_prompts": len(chosen.texts)}, facts={"set": chosen.name, "digest": chosen.digest})

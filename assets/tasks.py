@@ -10,7 +10,8 @@ from pathlib import Path
 from assets.steps import LOCAL, Entry, Function, Made, Step, StepError, Walk
 from infra.compute.attempt import Attempts
 from infra.compute.task import Launcher, Resources, Task
-from infra.ledger import bill
+from infra.ledger import Purpose, bill
+from infra.runs import Bill, Status, Tag
 from infra.prices import price
 from infra.settings import Settings
 from infra.tracking import RunLog, Tracker
@@ -119,14 +120,20 @@ class Runner:
             step.work.call(call)
             return "", 0.0
         self.tracker.check()
-        run = self.tracker.open(self.experiment(step), step.path(partition), {**self._tags(step, LOCAL), **tags}, {})
-        started, status = time.time(), "FAILED"
+        path = step.path(partition)
+        about = {Tag.STEP: path, Tag.STEP_KEY: call.out.name, Tag.PURPOSE: step.purpose}
+        run = self.tracker.open(self.experiment(step), path, {**self._tags(step, LOCAL), **about, **tags})
+        started, status = time.time(), Status.FAILED
+        log = RunLog(self.tracker.uri, run)
         try:
-            step.work.call(replace(call, log=RunLog(self.tracker.uri, run)))
-            status = "FINISHED"
+            step.work.call(replace(call, log=log))
+            status = Status.FINISHED
         finally:
-            cost = bill(self.tracker, run, status, time.time() - started, LOCAL.devices, price(LOCAL.price))
-        return run, cost
+            log.close()
+            spent = bill(time.time() - started, LOCAL.devices, price(LOCAL.price))
+            failed = {Tag.PURPOSE: Purpose.FAILED, Tag.INTENDED_PURPOSE: step.purpose}
+            self.tracker.close(run, status, spent, failed if status == Status.FAILED else {})
+        return run, spent[Bill.COST_USD]
 
     def _task(
         self,
@@ -162,11 +169,16 @@ class Runner:
         return f"opensora/{step.recipe.id if step.recipe else 'corpus'}"
 
     def _tags(self, step: Step, compute: Compute) -> dict[str, str]:
-        recipe = {"recipe": step.recipe.name, "profile": step.recipe.profile} if step.recipe else {}
-        row = price(compute.price)
-        hardware = {"accelerators": compute.accelerators, "nodes": str(compute.nodes), "price_row": compute.price}
-        spent = {"devices": str(compute.devices), "usd_per_hour": str(row.usd_per_hour), "purpose": step.purpose}
-        return {**recipe, **hardware, **spent, "step": step.name, "git.commit": commit()}
+        recipe = {Tag.RECIPE: step.recipe.name, Tag.PROFILE: step.recipe.profile} if step.recipe else {}
+        return {
+            **recipe,
+            Tag.ACCELERATORS: compute.accelerators,
+            Tag.DEVICES: str(compute.devices),
+            Tag.NODES: str(compute.nodes),
+            Tag.PRICE_ROW: compute.price,
+            Tag.USD_PER_HOUR: str(price(compute.price).usd_per_hour),
+            Tag.GIT_COMMIT: commit(),
+        }
 
 
 def commit() -> str:

@@ -11,9 +11,8 @@ from typing import Annotated
 
 import typer
 
-from assets.costs import plan_beside_bill, recipe_rows
+from assets.costs import plan_beside_bill, recipe_rows, totals
 from infra.compute.task import ComputeError
-from infra.ledger import all_in, headline
 from infra.settings import Settings
 from infra.tracking import TrackingError
 from infra.versioning import DataRepo
@@ -214,7 +213,7 @@ def _sample(settings: Settings) -> None:
 def _bill(session: Session) -> show.Table:
     rows = recipe_rows(session.runner.tracker, session.recipe)
     table = plan_beside_bill(plan_of(session.recipe), rows)
-    return show.bill_table(table, headline(rows), all_in(rows), session.recipe.budget_usd)
+    return show.bill_table(table, totals(rows, session.recipe))
 
 
 def _repo() -> DataRepo:

@@ -79,11 +79,11 @@ def plan_table(planned: Plan, recipe: Recipe) -> Table:
     return table
 
 
-def bill_table(table: pd.DataFrame, headline_usd: float, all_in_usd: float, budget_usd: float) -> Table:
+def bill_table(table: pd.DataFrame, totals: dict[str, float]) -> Table:
     """Plan beside bill, step by step, and headline beside all-in."""
     shown = Table(
         title="The bill",
-        caption=f"headline ${headline_usd:.4f}, all-in ${all_in_usd:.4f}, budget ${budget_usd:,.2f}",
+        caption=", ".join(f"{name.removesuffix('_usd')} ${usd:,.4f}" for name, usd in totals.items()),
     )
     for name in ("step", "attempts", "seconds", "US$", "of it failed", "planned US$"):
         shown.add_column(name, justify="left" if name == "step" else "right")

@@ -31,7 +31,7 @@ def build_examples(recipe: Recipe, curated: pd.DataFrame, captions: pd.DataFrame
     kept["tiers"] = [" ".join(t.name for t in recipe.dataset.tiers if _in_tier(row, t)) for row in kept.to_dict("records")]
     examples = EXAMPLES.conform(kept[[c.name for c in EXAMPLES.columns]].sort_values("clip_id"))
     for stage in (*recipe.autoencoder.stages, *recipe.stages):
-        train = examples[(examples["split"] == "train") & _holds(examples["tiers"], stage.tier)]
+        train = examples[(examples["split"] == "train") & in_tier(examples, stage.tier)]
         if train.empty:
             raise DatasetError(
                 f"no training example is in tier {stage.tier!r}, which stage {stage.name} trains on: relax "
@@ -42,11 +42,16 @@ def build_examples(recipe: Recipe, curated: pd.DataFrame, captions: pd.DataFrame
     return examples
 
 
+def in_tier(examples: pd.DataFrame, tier: str) -> "pd.Series[bool]":
+    """Which examples (or latents) a tier holds."""
+    return examples["tiers"].map(lambda held: tier in held.split()).astype(bool)
+
+
 def data_card(recipe: Recipe, examples: pd.DataFrame, curated: pd.DataFrame) -> str:
     """Markdown that says what the dataset is made of, from which sources, under which licences, and what was dropped."""
     hours = float((examples["num_frames"] / examples["fps"]).sum()) / 3600
     dropped = curated[~curated["keep"]]["reason"].str.split(" ").str[0].value_counts()
-    tiers = {t.name: int(_holds(examples["tiers"], t.name).sum()) for t in recipe.dataset.tiers}
+    tiers = {t.name: int(in_tier(examples, t.name).sum()) for t in recipe.dataset.tiers}
     lines = [
         f"# Data card: {recipe.title} ({recipe.profile})",
         "",
@@ -77,16 +82,11 @@ def _chance(seed: int, video_id: str) -> float:
 
 
 def _in_tier(row: dict[str, float], tier: Tier) -> bool:
-    return all(inside(float(row[score]), wanted) for score, wanted in tier.thresholds.items())
+    return all(_inside(float(row[score]), wanted) for score, wanted in tier.thresholds.items())
 
 
-def inside(value: float, wanted: Range) -> bool:
-    """Whether a score lies in a closed range whose missing ends are open."""
+def _inside(value: float, wanted: Range) -> bool:
     return (wanted.min is None or value >= wanted.min) and (wanted.max is None or value <= wanted.max)
-
-
-def _holds(tiers: pd.Series, name: str) -> pd.Series:
-    return tiers.map(lambda held: name in held.split()).astype(bool)
 
 
 def _table(title: str, rows: Iterable[tuple[object, object]]) -> list[str]:

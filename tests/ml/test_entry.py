@@ -1,0 +1,54 @@
+"""The call that every task shares: its command line, and the result that says it finished."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ml.entry import CallError, parse
+from ml.recipe import Recipe
+
+
+def arguments(tmp_path: Path, *more: str) -> list[str]:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Recipe.load("v2_0", "tiny").dump(), encoding="utf-8")
+    fixed = ["clips", "--recipe", str(recipe), "--workspace", str(tmp_path), "--out", str(tmp_path / "out")]
+    return [*fixed, *more]
+
+
+def test_inputs_and_options_are_read_by_name(tmp_path: Path) -> None:
+    call = parse(arguments(tmp_path, "--input", "a=x", "--input", "b=y", "--input", "b=z", "--option", "stage=s"), ["clips"], "")
+    assert call.input("a") == Path("x")
+    assert call.inputs["b"] == (Path("y"), Path("z"))
+    assert call.option("stage") == "s"
+    assert call.recipe.id == "v2_0-tiny"
+    with pytest.raises(CallError, match="exactly one --input b=FOLDER, got 2"):
+        call.input("b")
+    with pytest.raises(CallError, match="needs --option shard=VALUE"):
+        call.option("shard")
+
+
+def test_a_call_without_a_recipe_says_so_when_one_is_needed(tmp_path: Path) -> None:
+    call = parse(["probe", "--workspace", str(tmp_path), "--out", str(tmp_path / "o")], ["probe"], "")
+    with pytest.raises(CallError, match="needs --recipe FILE"):
+        _ = call.recipe
+
+
+def test_the_data_version_moves_with_the_data_and_not_with_pictures(tmp_path: Path) -> None:
+    def version(data: str, picture: str) -> str:
+        call = parse(arguments(tmp_path), ["clips"], "")
+        (call.out / "clips.parquet").write_text(data, encoding="utf-8")
+        (call.out / "sheet.png").write_text(picture, encoding="utf-8")
+        call.finish({"clips_cut": 3}, pictures=["sheet.png"])
+        result = json.loads((call.out / "result.json").read_text(encoding="utf-8"))
+        assert result["metrics"]["clips_cut"] == 3
+        assert result["metrics"]["seconds"] >= 0
+        return str(result["data_version"])
+
+    assert version("a", "p") == version("a", "q")
+    assert version("a", "p") != version("b", "p")
+
+
+def test_a_pair_without_equals_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CallError, match="'oops' is not NAME=VALUE"):
+        parse(arguments(tmp_path, "--option", "oops"), ["clips"], "")
