@@ -1,0 +1,181 @@
+"""The embedded launcher: a task is a process on this machine that outlives the orchestrator.
+
+The process is a supervisor (`infra/compute/supervise.py`) in a session of its own. Its handle is a process id with a
+creation time, which no other process shares; how it ended is a record in the step's folder. So an orchestrator that
+was killed loses nothing: the next one reads the handle, and either waits or learns the exit code.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+
+from infra.compute.supervise import ATTEMPT, BUSY, GRACE_SECONDS, HEARTBEAT, LOG
+from infra.compute.task import ComputeError, Handle, Status, Task, TaskState, last_lines
+from infra.settings import TELEMETRY_OFF
+
+ROOT = Path(__file__).resolve().parents[2]
+TAIL_BYTES = 64 * 1024
+START_SECONDS = 60.0
+KILL_SECONDS = 5.0
+# psutil derives a creation time from the boot time, which the kernel may adjust by a fraction of a second.
+SAME_PROCESS_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class LocalLauncher:
+    """Runs tasks as subprocesses of nobody, in `root`, with this interpreter."""
+
+    root: Path = ROOT
+    grace_seconds: float = GRACE_SECONDS
+    name: ClassVar[str] = "local"
+    pause_seconds: ClassVar[float] = 1.0
+
+    def submit(self, task: Task, run_id: str, tracking_uri: str) -> Handle:
+        """Start the task under its supervisor; raises ComputeError if the folder has a living attempt already."""
+        out = task.out.absolute()
+        log = out / LOG
+        offset = log.stat().st_size if log.is_file() else 0
+        options = ["--grace", str(self.grace_seconds)]
+        supervise = [sys.executable, "-m", "infra.compute.supervise", *options, str(out), run_id, "--"]
+        command = [*supervise, *task.command(sys.executable, run_id, tracking_uri)]
+        started = time.time()
+        environment = {**os.environ, **TELEMETRY_OFF}
+        pid = _spawn(command, self.root, environment)
+        data = {"pid": pid, "create_time": _create_time(pid), "started": started}
+        return Handle(self.name, {**data, "out": str(out), "run_id": run_id, "log_offset": offset})
+
+    def find(self, task: Task, run_id: str, started: float) -> Handle | None:
+        """The handle of a run from what its supervisor wrote into the step's folder."""
+        data = {"out": str(task.out.absolute()), "run_id": run_id, "started": started, "log_offset": 0}
+        record = _record(data)
+        if record is None:
+            return None
+        pid = record["pid"]
+        alive = abs(_create_time(pid) - record["started"]) < START_SECONDS
+        return Handle(self.name, {**data, "pid": pid, "create_time": _create_time(pid) if alive else 0.0})
+
+    def poll(self, handle: Handle) -> TaskState:
+        """Where the task stands; a task whose supervisor was killed is stopped before it is called lost."""
+        data = _checked(handle)
+        alive = _alive(data)  # before the record is read: a supervisor writes the record, then ends
+        record = _record(data)
+        if record is not None and record["exit_code"] is not None:
+            return _ended(record, self.log_tail(handle))
+        if alive:
+            return TaskState("running", started=data["started"])
+        _kill_session(data)
+        return TaskState("lost", started=data["started"], ended=_last_sign(data), tail=self.log_tail(handle))
+
+    def cancel(self, handle: Handle) -> None:
+        """SIGTERM to the task's group, SIGKILL after the grace; returns when the task has ended."""
+        data = _checked(handle)
+        if not _alive(data):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(data["pid"], signal.SIGTERM)
+        deadline = time.monotonic() + self.grace_seconds + 5
+        while _alive(data) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if _alive(data):
+            _kill_session(data)
+
+    def log_tail(self, handle: Handle) -> str:
+        """The last lines that this attempt wrote to `task.log`."""
+        data = _checked(handle)
+        log = Path(data["out"]) / LOG
+        if not log.is_file():
+            return ""
+        with log.open("rb") as stream:
+            stream.seek(max(int(data["log_offset"]), log.stat().st_size - TAIL_BYTES))
+            return last_lines(stream.read().decode(errors="replace"))
+
+
+def _spawn(command: list[str], root: Path, environment: dict[str, str]) -> int:
+    """Process id of the detached supervisor."""
+    done = subprocess.run(
+        command,
+        cwd=root,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        start_new_session=True,
+        check=False,
+    )
+    if done.returncode == BUSY:
+        raise ComputeError(f"{done.stderr.strip()}; wait for it, or stop it, before starting another")
+    if done.returncode:
+        raise ComputeError(f"the supervisor did not start (exit code {done.returncode}):\n{last_lines(done.stderr)}")
+    return int(done.stdout)
+
+
+def _checked(handle: Handle) -> dict[str, Any]:
+    """The handle's data; raises ComputeError for a handle of another launcher."""
+    if handle.launcher != LocalLauncher.name:
+        raise ComputeError(f"handle of launcher {handle.launcher!r} was given to launcher {LocalLauncher.name!r}")
+    return dict(handle.data)
+
+
+def _create_time(pid: int) -> float:
+    """When the process was created; 0 if it has ended already, which no living process matches."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def _alive(data: dict[str, Any]) -> bool:
+    try:
+        process = psutil.Process(data["pid"])
+        same = abs(process.create_time() - data["create_time"]) < SAME_PROCESS_SECONDS
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _record(data: dict[str, Any]) -> dict[str, Any] | None:
+    """What the supervisor of this very run recorded, if it did."""
+    path = Path(data["out"]) / ATTEMPT
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["run_id"] == data["run_id"] else None
+
+
+def _ended(record: dict[str, Any], tail: str) -> TaskState:
+    code = int(record["exit_code"])
+    status: Status = "failed" if code else "succeeded"
+    return TaskState(status, exit_code=code, started=record["started"], ended=record["ended"], tail=tail)
+
+
+def _last_sign(data: dict[str, Any]) -> float:
+    """Last beat of the task's heart, not before its start: the end that a lost task is billed to."""
+    path = Path(data["out"]) / HEARTBEAT
+    beat = path.stat().st_mtime if path.is_file() else 0.0
+    return max(beat, float(data["started"]))
+
+
+def _kill_session(data: dict[str, Any]) -> None:
+    """Kill what is left of a session whose leader, the supervisor, is gone or will not go, and wait until it is gone."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) == data["pid"] and process.create_time() >= data["started"] - 1:
+                process.kill()
+                _wait_for_end(process)
+
+
+def _wait_for_end(process: psutil.Process) -> None:
+    """Return when a killed process holds nothing any more; a zombie that nobody collects counts as gone."""
+    deadline = time.monotonic() + KILL_SECONDS
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)

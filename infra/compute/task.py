@@ -1,0 +1,187 @@
+"""The nouns of compute: a task (one command on hardware), its handle, its state, and the launcher that runs it.
+
+A launcher is one class in one file of this folder. It starts a task and answers questions about it from the handle
+alone, so that an orchestrator that was killed can be replaced by another one that only read the handle.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, get_args
+
+from infra.workspace import RESULT
+
+Status = Literal["running", "succeeded", "failed", "preempted", "lost"]
+TAIL_LINES = 60
+_ACCELERATORS = re.compile(r"^([A-Z][A-Za-z0-9-]*):([1-9]\d*)$")
+
+
+class ComputeError(RuntimeError):
+    """A task, a handle or a launcher that cannot be used, or a launcher that could not do what it was asked."""
+
+
+class TaskFailed(ComputeError):  # noqa: N818  the name that an asset's reader sees; it is a fact, not a defect
+    """A task that ended without success: what it said last, the run that recorded it, and where the whole log is."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Hardware of a task: `accelerators` per node (`CPU:2`, `H200:8`), nodes, the price-book row, where, spot or not.
+
+    Raises ComputeError for accelerators that are not NAME:COUNT, and for fewer than one node.
+    """
+
+    accelerators: str
+    nodes: int
+    price_row: str
+    infra: str | None = None
+    use_spot: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if not _ACCELERATORS.match(self.accelerators):
+            raise ComputeError(f"accelerators {self.accelerators!r} is not NAME:COUNT; write `CPU:2` or `H200:8`")
+        if self.nodes < 1:
+            raise ComputeError(f"nodes is {self.nodes}; a task needs at least one")
+
+    @property
+    def kind(self) -> str:
+        """`CPU`, or the name of the accelerator."""
+        return self.accelerators.partition(":")[0]
+
+    @property
+    def per_node(self) -> int:
+        """Accelerators of one node; cores of one node for `CPU:n`."""
+        return int(self.accelerators.partition(":")[2])
+
+    @property
+    def devices(self) -> int:
+        """Accelerators over all nodes; cores for `CPU:n`."""
+        return self.per_node * self.nodes
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether no accelerator is asked for."""
+        return self.kind == "CPU"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One command on hardware: `python -m module *arguments`, which fills `out` and writes `result.json` there last.
+
+    `name` is the step path (`v2_0-tiny/dit_stage1`); the folder name of `out` is the digest of the step's inputs.
+    `purpose` is the ledger's word for what the money is spent on; `tags` go to the run as they are.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    out: Path
+    resources: Resources
+    purpose: str
+    experiment: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Digest of the step's inputs: with `name`, what makes two attempts attempts at the same thing."""
+        return self.out.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether `result.json` is there: a finished step is never launched again."""
+        return (self.out / RESULT).is_file()
+
+    def command(self, python: str, run_id: str, tracking_uri: str) -> tuple[str, ...]:
+        """The argument list that runs this task under interpreter `python` and logs to run `run_id`."""
+        run = ("--run-id", run_id, "--tracking-uri", tracking_uri)
+        return (python, "-m", self.module, *self.arguments, *run)
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What a launcher needs to find a task again: its own name and its own data, kept as a tag on the run."""
+
+    launcher: str
+    data: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """The handle as one line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The handle from `to_json`'s line; raises ComputeError when it is not one."""
+        try:
+            document = json.loads(text)
+            return cls(launcher=document["launcher"], data=dict(document["data"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ComputeError(f"not a task handle: {text[:120]!r} ({error})") from error
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """Where a task stands. Times are seconds since the epoch; `ended` of a lost task is its last sign of life.
+
+    `preempted` means that the machine was taken away; `lost` that the task is gone and left no record of its end.
+    """
+
+    status: Status
+    exit_code: int | None = None
+    started: float | None = None
+    ended: float | None = None
+    tail: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the status."""
+        if self.status not in get_args(Status):
+            raise ComputeError(f"status {self.status!r} is none of {', '.join(get_args(Status))}")
+
+    @property
+    def running(self) -> bool:
+        """Whether the task may still change."""
+        return self.status == "running"
+
+
+class Launcher(Protocol):
+    """Starts tasks and answers for them from their handles. Every method may raise ComputeError.
+
+    `name` stands in every handle; `pause_seconds` is how long to wait between two polls at most.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the launcher, as handles and settings write it."""
+        ...
+
+    @property
+    def pause_seconds(self) -> float:
+        """Longest pause between two polls."""
+        ...
+
+    def submit(self, task: Task, run_id: str, tracking_uri: str) -> Handle:
+        """Start the task and return at once; the run id is the idempotency key."""
+        ...
+
+    def find(self, task: Task, run_id: str, started: float) -> Handle | None:
+        """The handle of a run whose orchestrator died before it could write it down, if the task was started at all."""
+        ...
+
+    def poll(self, handle: Handle) -> TaskState:
+        """Where the task stands now."""
+        ...
+
+    def cancel(self, handle: Handle) -> None:
+        """Stop the task if it runs, and give its machine back if it has one of its own."""
+        ...
+
+    def log_tail(self, handle: Handle) -> str:
+        """The last lines of the task's log."""
+        ...
+
+
+def last_lines(text: str, count: int = TAIL_LINES) -> str:
+    """The last `count` lines of a log, without trailing space."""
+    return "\n".join(text.rstrip().splitlines()[-count:])

@@ -1,0 +1,190 @@
+"""The local launcher: real processes, real signals."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra.compute.local import LocalLauncher
+from infra.compute.task import ComputeError, Handle, Task, TaskState
+
+MakeTask = Callable[..., Task]
+URI = "sqlite:///unused.db"
+
+
+@pytest.fixture
+def launcher() -> LocalLauncher:
+    """A launcher that does not wait long for a task that will not stop."""
+    return LocalLauncher(grace_seconds=1.0)
+
+
+def ended(launcher: LocalLauncher, handle: Handle, seconds: float = 30) -> TaskState:
+    """The state once it is no longer running."""
+    deadline = time.monotonic() + seconds
+    while (state := launcher.poll(handle)).running:
+        assert time.monotonic() < deadline, "the task did not end"
+        time.sleep(0.05)
+    return state
+
+
+def started(task: Task) -> None:
+    """Wait until the task itself, not only its supervisor, runs."""
+    deadline = time.monotonic() + 30
+    while not (task.out / "starts").is_file():
+        assert time.monotonic() < deadline, "the task did not start"
+        time.sleep(0.02)
+
+
+def child_of(handle: Handle) -> psutil.Process:
+    """The task's own process, below its supervisor."""
+    return psutil.Process(handle.data["pid"]).children()[0]
+
+
+def test_a_task_runs_to_its_end_and_its_log_is_kept(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    task = make_task("say=hello", "finish")
+    before = time.time()
+    handle = launcher.submit(task, "run1", URI)
+    state = ended(launcher, handle)
+    assert (state.status, state.exit_code, state.tail) == ("succeeded", 0, "hello")
+    assert state.started is not None
+    assert state.ended is not None
+    assert before <= state.started <= state.ended <= time.time()
+    assert task.finished
+    assert (task.out / "starts").read_text() == "run1\n"
+
+
+def test_a_failure_keeps_its_exit_code_and_traceback(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    handle = launcher.submit(make_task("raise=no column"), "run1", URI)
+    state = ended(launcher, handle)
+    assert (state.status, state.exit_code) == ("failed", 1)
+    assert state.tail.endswith("ValueError: no column")
+    assert ended(launcher, launcher.submit(make_task("exit=7"), "run2", URI)).exit_code == 7
+
+
+def test_the_tail_is_of_this_attempt_only(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    ended(launcher, launcher.submit(make_task("say=first"), "run1", URI))
+    handle = launcher.submit(task := make_task("say=second"), "run2", URI)
+    assert ended(launcher, handle).tail == "second"
+    assert (task.out / "task.log").read_text() == "first\nsecond\n"
+
+
+def test_a_task_has_its_own_session_and_reports_nothing_home(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    task = make_task("await=go")
+    handle = launcher.submit(task, "run1", URI)
+    started(task)
+    child = child_of(handle)
+    assert os.getsid(child.pid) == handle.data["pid"] != os.getsid(0)
+    assert child.environ()["DO_NOT_TRACK"] == "1"
+    launcher.cancel(handle)
+    assert ended(launcher, handle).exit_code == -signal.SIGTERM
+    launcher.cancel(handle)  # of a task that has ended: nothing happens
+
+
+def test_a_task_that_ignores_sigterm_is_killed_after_the_grace(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    task = make_task("stubborn", "say=deaf", "await=go")
+    handle = launcher.submit(task, "run1", URI)
+    while launcher.log_tail(handle) != "deaf":
+        time.sleep(0.02)
+    launcher.cancel(handle)
+    assert ended(launcher, handle).exit_code == -signal.SIGKILL
+
+
+def test_a_killed_task_leaves_its_signal(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    task = make_task("await=go")
+    handle = launcher.submit(task, "run1", URI)
+    started(task)
+    child_of(handle).kill()
+    state = ended(launcher, handle)
+    assert (state.status, state.exit_code) == ("failed", -signal.SIGKILL)
+
+
+def test_a_task_without_its_supervisor_is_stopped_and_lost(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    task = make_task("sleep=1.2", "await=go")
+    handle = launcher.submit(task, "run1", URI)
+    started(task)
+    child = child_of(handle)
+    time.sleep(1.3)  # past one beat, so that the last sign of life is not the first
+    killed = time.time()
+    os.kill(handle.data["pid"], signal.SIGKILL)
+    state = ended(launcher, handle)
+    assert (state.status, state.exit_code) == ("lost", None)
+    assert state.ended is not None
+    assert handle.data["started"] < state.ended <= killed
+    assert killed - state.ended < 2.0, "the heart beats once a second"
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_one_folder_has_one_attempt(
+    launcher: LocalLauncher, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task("await=go")
+    handle = launcher.submit(task, "run1", URI)
+    started(task)
+    with pytest.raises(ComputeError, match="locked by an attempt that still runs"):
+        replace(launcher).submit(task, "run2", URI)
+    (task.out / "go").touch()
+    assert ended(launcher, handle).status == "succeeded"
+    assert (task.out / "starts").read_text() == "run1\n"
+
+
+def test_a_folder_stays_taken_while_an_orphan_lives(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    task = make_task("await=go")
+    handle = launcher.submit(task, "run1", URI)
+    started(task)
+    os.kill(handle.data["pid"], signal.SIGKILL)
+    with pytest.raises(ComputeError, match="locked"):
+        launcher.submit(task, "run2", URI)
+    assert launcher.poll(handle).status == "lost"  # which stops the orphan, so that another attempt may start
+    (task.out / "go").touch()
+    assert ended(launcher, launcher.submit(task, "run3", URI)).status == "succeeded"
+
+
+def test_a_handle_is_found_again_from_the_folder(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    task = make_task("await=go", "finish")
+    assert launcher.find(task, "run1", time.time()) is None
+    launcher.submit(task, "run1", URI)
+    started(task)
+    found = launcher.find(task, "run1", time.time())
+    assert found is not None
+    assert launcher.poll(found).running
+    assert launcher.find(task, "run2", time.time()) is None
+    (task.out / "go").touch()
+    assert ended(launcher, found).status == "succeeded"
+
+
+def test_another_process_with_the_same_id_is_not_the_task(launcher: LocalLauncher, tmp_path: Path) -> None:
+    data = {
+        "pid": os.getpid(),
+        "create_time": 1.0,
+        "started": 1.0,
+        "out": str(tmp_path),
+        "run_id": "r",
+        "log_offset": 0,
+    }
+    assert launcher.poll(Handle("local", data)).status == "lost"
+
+
+def test_a_module_that_does_not_exist_fails_with_pythons_words(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    handle = launcher.submit(replace(make_task(), module="no.such.module"), "run1", URI)
+    state = ended(launcher, handle)
+    assert state.exit_code == 1
+    assert "no.such" in state.tail
+
+
+def test_the_record_of_an_end_is_whole(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    task = make_task("exit=3")
+    ended(launcher, launcher.submit(task, "run1", URI))
+    record = json.loads((task.out / "attempt.json").read_text())
+    assert (record["run_id"], record["exit_code"]) == ("run1", 3)
+    assert not list(task.out.glob("*.partial"))
+
+
+def test_the_handle_of_another_launcher_is_refused(launcher: LocalLauncher) -> None:
+    with pytest.raises(ComputeError, match="skypilot"):
+        launcher.poll(Handle("skypilot", {}))

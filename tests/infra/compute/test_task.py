@@ -1,0 +1,56 @@
+"""Tasks, handles and states."""
+
+from pathlib import Path
+
+import pytest
+
+from infra.compute.task import ComputeError, Handle, Resources, Task, TaskState, last_lines
+
+
+def test_devices_are_counted_over_all_nodes() -> None:
+    resources = Resources("H200:8", 28, "h200-hist-2025q1")
+    assert (resources.kind, resources.per_node, resources.devices, resources.on_cpu) == ("H200", 8, 224, False)
+    assert Resources("CPU:2", 1, "cpu-assume-2026").on_cpu
+
+
+@pytest.mark.parametrize("accelerators", ["H200", "8:H200", "H200:0", "h200:8", "H200:x", ""])
+def test_accelerators_that_are_no_name_and_count_are_refused(accelerators: str) -> None:
+    with pytest.raises(ComputeError, match="NAME:COUNT; write `CPU:2` or `H200:8`"):
+        Resources(accelerators, 1, "h200-hist-2025q1")
+
+
+def test_a_task_on_no_node_is_refused() -> None:
+    with pytest.raises(ComputeError, match="at least one"):
+        Resources("CPU:2", 0, "cpu-assume-2026")
+
+
+def test_a_handle_survives_json() -> None:
+    handle = Handle("local", {"pid": 7, "started": 1.5, "out": "/a b/ü"})
+    assert Handle.from_json(handle.to_json()) == handle
+    assert "\n" not in handle.to_json()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"launcher": "local"}', '{"launcher": "local", "data": 3}'])
+def test_a_damaged_handle_is_called_one(text: str) -> None:
+    with pytest.raises(ComputeError, match="not a task handle"):
+        Handle.from_json(text)
+
+
+def test_a_command_logs_to_its_run(tmp_path: Path) -> None:
+    resources = Resources("CPU:2", 1, "cpu-assume-2026")
+    task = Task("a/b", "ml.curate", ("shots", "--out", "x"), tmp_path / "key", resources, "data", "exp")
+    command = task.command("python", "r1", "sqlite:///x")
+    assert command[:4] == ("python", "-m", "ml.curate", "shots")
+    assert command[-4:] == ("--run-id", "r1", "--tracking-uri", "sqlite:///x")
+    assert task.key == "key"
+    assert not task.finished
+
+
+def test_a_state_has_one_of_five_words() -> None:
+    assert TaskState("running").running
+    with pytest.raises(ComputeError, match="finished"):
+        TaskState("finished")  # type: ignore[arg-type]
+
+
+def test_last_lines_are_the_last() -> None:
+    assert last_lines("a\nb\nc\n\n", 2) == "b\nc"
