@@ -48,6 +48,6 @@ def _limit(share: float, base: float, relative_to: str | None) -> str:
 def _unusable(report: Report, name: str) -> str:
     """Why a metric cannot be read, or nothing."""
     if name not in report.metrics:
-        reason = report.absent[name] if name in report.absent else "the report does not have it"
+        reason = report.absent.get(name, "the report does not have it")
         return f"{name} is absent: {reason}"
     return "" if math.isfinite(report.metrics[name]) else f"{name} is {report.metrics[name]}"

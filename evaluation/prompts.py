@@ -4,19 +4,15 @@ A set has a digest over identifiers and texts, so that two reports can tell whet
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated
 
 import yaml
 from pydantic import Field, ValidationError
 
-from infra.storage import atomic_write
-from ml.entry import Call
 from ml.sections import Name, Section
 
 PACKAGED = Path(__file__).parent / "prompts"
-FILENAME = "prompts.json"
 
 
 class PromptError(ValueError):
@@ -69,12 +65,3 @@ def load(name: str, folder: Path = PACKAGED) -> PromptSet:
     if repeated := sorted({i for i in ids if ids.count(i) > 1}):
         raise PromptError(f"{path.name}: identifier(s) used twice: {', '.join(repeated)}")
     return prompts
-
-
-def write_prompts(call: Call) -> None:
-    """The step `prompts`: the recipe's prompts as `prompts.json` (name, digest, and id, text, tags of each)."""
-    wanted = call.recipe.evaluation
-    chosen = load(wanted.prompts).first(wanted.num_prompts)
-    document = {"name": chosen.name, "digest": chosen.digest, **chosen.model_dump(mode="json", include={"prompts"})}
-    atomic_write(call.out / FILENAME, json.dumps(document, indent=1))
-    call.finish({"prompts": len(chosen.prompts)}, {"set": chosen.name, "digest": chosen.digest}, data=[FILENAME])

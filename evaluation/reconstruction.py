@@ -37,5 +37,7 @@ def reconstruction_metrics(folder: Path) -> tuple[dict[str, float], dict[str, st
     numbers = {name: found[name] for name in METRICS if name in found and found[name] is not None}
     if not numbers:
         raise ReconstructionError(f"{path} holds none of {', '.join(METRICS)}")
-    absent = {f"reconstruction/{n}": "the reconstruct step did not measure it" for n in METRICS if n not in numbers}
+    reasons = {"lpips": str(found["lpips_reason"])} if found.get("lpips_reason") else {}
+    unmeasured = "the reconstruct step did not measure it"
+    absent = {f"reconstruction/{n}": reasons.get(n, unmeasured) for n in METRICS if n not in numbers}
     return {f"reconstruction/{name}": float(value) for name, value in numbers.items()}, absent
