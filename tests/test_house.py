@@ -219,7 +219,8 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def mirror(name: str) -> str:
-    path = Path("tests") / name
+    """Test file of a module; a package with code of its own is tested by `test_<package>.py` beside its folder."""
+    path = Path("tests") / name.replace("/__init__.py", ".py")
     return path.with_name(f"test_{path.name}").as_posix()
 
 
