@@ -1,6 +1,9 @@
 """A step as a Dagster asset: its story for the UI, and a body that runs it and shows what came out."""
 
 import base64
+import importlib.util
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,12 @@ _MAX_PICTURE_BYTES = 400_000
 
 def to_asset(step: Step) -> dg.AssetsDefinition:
     """The Dagster asset of a step, with everything its page shows before it was ever made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # code references are beta in Dagster 1.13
+        return _asset(step)
+
+
+def _asset(step: Step) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=dg.AssetKey(list(step.key)),
@@ -74,7 +83,20 @@ def _facts(step: Step) -> dict[str, Any]:
         compute = step.work.compute
         shown["command"] = f"python -m {step.work.module} {step.work.op}"
         shown["hardware"] = f"{compute.nodes} x {compute.accelerators}, price {compute.price}"
-    return shown
+    return shown | {"dagster/code_references": _source(step)}
+
+
+def _source(step: Step) -> dg.CodeReferencesMetadataValue:
+    """Where the work of a step is written: the entry module of a task, or the function."""
+    if isinstance(step.work, Entry):
+        found = importlib.util.find_spec(step.work.module)
+        path, line = (str(found.origin) if found else "", 1)
+    else:
+        call = step.work.call
+        code = (call.func if isinstance(call, partial) else call).__code__
+        path, line = code.co_filename, code.co_firstlineno
+    reference = dg.LocalFileCodeReference(file_path=path, line_number=line, label=step.name)
+    return dg.CodeReferencesMetadataValue(code_references=[reference])
 
 
 def _pool(step: Step) -> str | None:

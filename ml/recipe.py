@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
+from pydantic_core import to_jsonable_python
 
 from ml import sections as s
 from ml.shapes import Size, Strides, sizes_of
@@ -65,7 +66,7 @@ class Recipe(s.Section):
 
     def digest(self, *paths: str) -> str:
         """Digest of the named sections (`curation.keep`, `stages.stage1`, ...), 16 hex digits; the asset code version."""
-        chosen = {path: _dump(self._section(path)) for path in paths}
+        chosen = {path: to_jsonable_python(self._section(path)) for path in paths}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
     def _section(self, path: str) -> Any:
@@ -195,12 +196,6 @@ def header(path: Path) -> str:
 
 def _divides(multiple: int, size: Size) -> bool:
     return size.height % multiple == 0 and size.width % multiple == 0
-
-
-def _dump(node: Any) -> Any:
-    if isinstance(node, BaseModel):
-        return node.model_dump(mode="json")
-    return [_dump(item) for item in node] if isinstance(node, tuple) else node
 
 
 def _named(items: Any, name: str, where: str) -> Any:

@@ -3,18 +3,23 @@
 Nothing here trains. Both start switched off: a person decides, in the Dagster UI, that they may spend.
 """
 
+from typing import TYPE_CHECKING
+
 import dagster as dg
 
 from assets.factory import FRESH, SHARDS
 from assets.steps import Walk
 from ml.recipe import Recipe
 
+if TYPE_CHECKING:
+    from orchestration.jobs import AssetJob
 
-def re_evaluation(recipe: Recipe, job: dg.UnresolvedAssetJobDefinition) -> dg.ScheduleDefinition:
+
+def re_evaluation(recipe: Recipe, job: "AssetJob") -> dg.ScheduleDefinition:
     """Samples and reports again on the recipe's schedule, even though nothing changed: the stack under them may have."""
 
     @dg.schedule(
-        name=f"{recipe.name}__re_evaluation",
+        name=f"re_evaluation_{recipe.name}",
         cron_schedule=recipe.evaluation.cron,
         job=job,
         description="Sample and judge the last checkpoint again, and keep the new report beside the old one.",
@@ -27,12 +32,12 @@ def re_evaluation(recipe: Recipe, job: dg.UnresolvedAssetJobDefinition) -> dg.Sc
     return again
 
 
-def new_shards(recipe: Recipe, walk: Walk, job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
+def new_shards(recipe: Recipe, walk: Walk, job: "AssetJob") -> dg.SensorDefinition:
     """A partition and a `curate` run for every shard that a corpus of the recipe has and Dagster does not know."""
     step = walk.step((recipe.name, "shots"))
 
     @dg.sensor(
-        name=f"{recipe.name}__new_shards",
+        name=f"new_shards_{recipe.name}",
         job=job,
         minimum_interval_seconds=60,
         description="Looks for shard lists that `opensora corpus add` wrote since the last look.",

@@ -21,14 +21,14 @@ def build_definitions(recipes: Iterable[Recipe], settings: Settings) -> dg.Defin
     jobs = {recipe.name: recipe_jobs(recipe, runner.walk) for recipe in chosen}
     by_name = {job.name: job for made in jobs.values() for job in made}
     return dg.Definitions(
-        assets=dg.with_source_code_references([to_asset(step) for step in steps]),
+        assets=[to_asset(step) for step in steps],
         asset_checks=[
             *(table_check(step) for step in steps if step.table),
             *(budget_check(step) for step in steps if step.name == "cost_report"),
         ],
         jobs=list(by_name.values()),
-        schedules=[re_evaluation(recipe, by_name[f"{recipe.name}__judge"]) for recipe in chosen],
-        sensors=[new_shards(recipe, runner.walk, by_name[f"{recipe.name}__curate"]) for recipe in chosen],
+        schedules=[re_evaluation(recipe, by_name[f"judge_{recipe.name}"]) for recipe in chosen],
+        sensors=[new_shards(recipe, runner.walk, by_name[f"curate_{recipe.name}"]) for recipe in chosen],
         resources={"runner": runner},
         executor=dg.multiprocess_executor.configured({"max_concurrent": 2}),
     )

@@ -1,15 +1,19 @@
 """Jobs: selections along the walk that a person or a schedule launches as one."""
 
+from typing import TYPE_CHECKING
+
 import dagster as dg
 
-from assets.factory import SHARDS
 from assets.steps import Step, Walk
 from ml.recipe import Recipe
+
+if TYPE_CHECKING:  # what `dg.define_asset_job` returns has no public name
+    from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition as AssetJob
 
 JUDGED = ("prompts", "samples", "loss_report", "reconstruction_report", "vbench_report", "preference_report", "report")
 
 
-def recipe_jobs(recipe: Recipe, walk: Walk) -> list[dg.UnresolvedAssetJobDefinition]:
+def recipe_jobs(recipe: Recipe, walk: Walk) -> list["AssetJob"]:
     """`curate` (a partition a shard), `walk` (everything after it), `train`, `judge` and `release` of one recipe."""
     steps = [step for step in walk.steps.values() if step.recipe == recipe or step.recipe is None]
     shards = [s for s in steps if s.partitioned and (s.recipe or s.name in recipe.corpus.names)]
@@ -18,7 +22,7 @@ def recipe_jobs(recipe: Recipe, walk: Walk) -> list[dg.UnresolvedAssetJobDefinit
     judged = [s for s in rest if s.group == "judgement" and (s.recipe is None or s.name in JUDGED)]
     spend = [s for s in rest if s.group in ("release", "dollars")]
     return [
-        _job(recipe, "curate", shards, "One shard from raw video to scored clips.", partitioned=True),
+        _job(recipe, "curate", shards, "One shard from raw video to scored clips."),
         _job(recipe, "walk", rest, "Everything after the shards: filtering, training, judgement, release, the bill."),
         _job(recipe, "train", training, "Autoencoder, latents and every transformer stage."),
         _job(recipe, "judge", judged, "Samples and reports of the last checkpoint."),
@@ -26,13 +30,10 @@ def recipe_jobs(recipe: Recipe, walk: Walk) -> list[dg.UnresolvedAssetJobDefinit
     ]
 
 
-def _job(
-    recipe: Recipe, name: str, steps: list[Step], description: str, partitioned: bool = False
-) -> dg.UnresolvedAssetJobDefinition:
+def _job(recipe: Recipe, name: str, steps: list[Step], description: str) -> "AssetJob":
     return dg.define_asset_job(
-        name=f"{recipe.name}__{name}",
+        name=f"{name}_{recipe.name}",
         selection=dg.AssetSelection.assets(*(dg.AssetKey(list(step.key)) for step in steps)),
         description=description,
-        partitions_def=SHARDS if partitioned else None,
         tags={"recipe": recipe.name, "profile": recipe.profile},
     )

@@ -59,7 +59,7 @@ class Session:
     def execute(self, job: str, partition: str | None = None, selection: tuple[str, ...] = ()) -> None:
         """Run a job of the recipe in this process; raises whatever a step raised."""
         definitions = build_definitions([self.recipe], self.settings)
-        chosen = definitions.resolve_job_def(f"{self.recipe.name}__{job}")
+        chosen = definitions.resolve_job_def(f"{job}_{self.recipe.name}")
         chosen.execute_in_process(
             instance=self.instance,
             partition_key=partition,
