@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 from infra.settings import TELEMETRY_OFF, Settings
+from infra.tracking import Tracker
+from infra.tracking_store import is_http
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFINITIONS = "orchestration.definitions"
@@ -103,18 +105,22 @@ def running(
 ) -> Iterator[tuple[Addresses, tuple[Server, ...]]]:
     """Both servers, up and answering inside the `with`, gone after it. `home` is the folder with `dagster.yaml`.
 
-    A port that is taken is replaced by a free one. MLflow comes first and alone: it makes the tables of its database,
-    which two processes must not do at once. With a remote `tracking_uri` there is nothing of it to start.
+    A port that is taken is replaced by a free one. The tables of an embedded store are made first, under its lock: two
+    processes must not do that at once. With a remote `tracking_uri` there is no MLflow to start. Raises ServerError,
+    and TrackingError when the store cannot be used.
     """
     home = home or default_home()
     logs = home / ".dagster"
     logs.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         servers: list[Server] = []
-        if not _is_remote(settings.tracking_uri):
-            servers.append(_up(stack, start_mlflow(settings, logs)))
+        if not is_http(settings.tracking_uri):
+            Tracker(settings.tracking_uri).check()
+            servers.append(_stopped_by(stack, start_mlflow(settings, logs)))
             settings = settings.model_copy(update={"mlflow_url": servers[0].url})
-        servers.append(_up(stack, start_dagster(settings, home, definitions)))
+        servers.append(_stopped_by(stack, start_dagster(settings, home, definitions)))
+        for server in servers:
+            server.wait_until_up()
         yield Addresses(dagster=servers[-1].url, mlflow=settings.mlflow_url), tuple(servers)
 
 
@@ -162,9 +168,8 @@ def free_port(host: str, wanted: int) -> int:
     raise ServerError(f"no free port on {host}: is this an address of this machine?")
 
 
-def _up(stack: contextlib.ExitStack, server: Server) -> Server:
+def _stopped_by(stack: contextlib.ExitStack, server: Server) -> Server:
     stack.callback(server.stop)
-    server.wait_until_up()
     return server
 
 
@@ -209,7 +214,3 @@ def _answers(url: str) -> bool:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _is_remote(tracking_uri: str) -> bool:
-    return tracking_uri.startswith(("http://", "https://", "databricks"))

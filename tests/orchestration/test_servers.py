@@ -11,11 +11,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from infra.settings import TELEMETRY_OFF, Settings
+from infra.tracking import RunLog, Tracker
 from infra.workspace import Workspace
 from orchestration import servers
 
@@ -59,6 +61,7 @@ def test_both_servers_come_up_on_free_ports_and_leave_nothing_behind(workspace: 
     """Slow: starts MLflow and Dagster for real (25 s on a quiet machine)."""
     with listener() as first, listener() as second:
         settings = Settings(workspace=workspace.root, dagster_port=first, mlflow_port=second)
+        run_id = a_run_with_a_note(settings.tracking_uri, workspace.root / "note.txt")
         with servers.running(settings, home, "small") as (addresses, started):
             assert not {first, second} & {int(url.rsplit(":", 1)[1]) for url in (addresses.dagster, addresses.mlflow)}
             assert read(addresses.mlflow + "/health") == "OK"
@@ -66,6 +69,9 @@ def test_both_servers_come_up_on_free_ports_and_leave_nothing_behind(workspace: 
             assert query(addresses.dagster, "{ assetNodes { assetKey { path } } }") == {
                 "assetNodes": [{"assetKey": {"path": ["one"]}}]
             }
+            run = read(f"{addresses.mlflow}/api/2.0/mlflow/runs/get?run_id={run_id}", "run")
+            assert run["info"]["run_name"] == "early"
+            assert read(f"{addresses.mlflow}/get-artifact?path=files/note.txt&run_uuid={run_id}") == "kept"
             family = [child for server in started for child in tree(server.process.pid)]
             assert len(family) >= 5
             code_server = psutil.Process(started[1].process.pid).environ()
@@ -145,6 +151,18 @@ def test_the_instance_is_the_folder_one_stands_in(home: Path, monkeypatch: pytes
     assert servers.default_home() == servers.REPOSITORY
 
 
+def a_run_with_a_note(tracking_uri: str, note: Path) -> str:
+    """What a task leaves behind: a closed run with a file, written straight into the store."""
+    tracker = Tracker(tracking_uri)
+    run_id = tracker.open("walk", "early")
+    note.write_text("kept", encoding="utf-8")
+    log = RunLog(tracking_uri, run_id)
+    log.artifact(note)
+    log.close()
+    tracker.close(run_id)
+    return run_id
+
+
 def tree(pid: int) -> list[psutil.Process]:
     """A process and everything it started."""
     parent = psutil.Process(pid)
@@ -155,7 +173,7 @@ def free_ports() -> dict[str, str]:
     return {f"OPENSORA_{name}_PORT": str(servers.free_port("127.0.0.1", 0)) for name in ("DAGSTER", "MLFLOW")}
 
 
-def read(url: str, key: str | None = None) -> object:
+def read(url: str, key: str | None = None) -> Any:
     with urllib.request.urlopen(url, timeout=30) as response:
         text = response.read().decode()
     return json.loads(text)[key] if key else text
