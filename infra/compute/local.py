@@ -166,7 +166,7 @@ def _last_sign(data: dict[str, Any]) -> float:
 
 
 def _kill_session(data: dict[str, Any]) -> None:
-    """Kill what is left of a session whose leader, the supervisor, is gone or will not go, and wait until it is gone."""
+    """Kill what is left of a session whose leader, the supervisor, is gone or will not go, and wait for it."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
             if os.getsid(process.pid) == data["pid"] and process.create_time() >= data["started"] - 1:

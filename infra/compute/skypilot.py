@@ -6,6 +6,7 @@ taken away, and the task resumes from its checkpoint. A cluster must see the wor
 is shared, as Slurm has it, or a bucket in `mounts`. SkyPilot takes two seconds to import: inside functions only.
 """
 
+import copy
 import os
 import re
 import shlex
@@ -174,7 +175,7 @@ class SkyPilotLauncher:
     def _sky_task(self, sky: Any, config: dict[str, Any]) -> Any:
         """SkyPilot's own task, with the secrets that this environment holds."""
         try:
-            task = sky.Task.from_yaml_config(config)
+            task = sky.Task.from_yaml_config(copy.deepcopy(config))  # it takes its argument apart
         except Exception as error:
             raise ComputeError(f"SkyPilot does not accept {config['resources']}: {error}") from error
         task.update_secrets({name: os.environ[name] for name in self.secrets if name in os.environ})

@@ -198,7 +198,12 @@ def test_an_orchestrator_that_is_killed_loses_nothing(
 
 def submitted(tracker: Tracker, launcher: Counting, task: Task, handle: bool = True) -> tuple[str, Handle]:
     """A run as an orchestrator leaves it that dies right after launching."""
-    tags = {Tag.STEP_KEY: task.key, Tag.PURPOSE: "data", Tag.DEVICES: "2", Tag.PRICE_ROW: "cpu-assume-2026"}
+    tags: dict[str, str] = {
+        Tag.STEP_KEY: task.key,
+        Tag.PURPOSE: "data",
+        Tag.DEVICES: "2",
+        Tag.PRICE_ROW: "cpu-assume-2026",
+    }
     run_id = tracker.open(task.experiment, task.name, {**tags, Tag.OUT: str(task.out)})
     held = launcher.local.submit(task, run_id, tracker.uri)
     if handle:
@@ -297,7 +302,7 @@ def test_a_launch_that_fails_closes_its_run(tracker: Tracker, make_task: MakeTas
 
 def test_another_launchers_run_is_not_touched(tracker: Tracker, launcher: Counting, make_task: MakeTask) -> None:
     task = make_task("finish", key="other")
-    tags = {Tag.STEP_KEY: task.key, Tag.HANDLE: Handle("skypilot", {}).to_json()}
+    tags: dict[str, str] = {Tag.STEP_KEY: task.key, Tag.HANDLE: Handle("skypilot", {}).to_json()}
     run_id = tracker.open(task.experiment, task.name, tags)
     with pytest.raises(ComputeError, match="skypilot"):
         Attempts(launcher, tracker).run(task)
