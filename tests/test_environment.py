@@ -21,7 +21,7 @@ def test_a_string_asset_selection_parses() -> None:
     assert selection.resolve([clips, scores]) == {dagster.AssetKey("clips"), dagster.AssetKey("scores")}
     job = dagster.define_asset_job("everything", "*")
     definitions = dagster.Definitions(assets=[clips, scores], jobs=[job])
-    assert len(definitions.resolve_job_def("everything").asset_layer.executable_asset_keys) == 2
+    assert len(list(definitions.resolve_job_def("everything").asset_layer.executable_asset_keys)) == 2
 
 
 def test_exactly_one_opencv_is_installed() -> None:
