@@ -36,8 +36,16 @@ LIGHT_FOLDERS = ("infra", "assets", "orchestration", "ml/curation")
 LIGHT_FILES = {f"ml/{name}.py" for name in ("recipe", "sections", "manifest", "shapes", "plan", "entry")}
 
 # Modules without a test of their own name, each with the place where they are tested.
-TESTED_ELSEWHERE: dict[str, str] = {}
-TESTS_OF_THE_WHOLE = {"test_house.py", "test_environment.py", "test_walk.py"}
+DECLARED_STEPS = "autoencoder captions checkpoints clips corpus curated dataset latents samples scores".split()
+TESTED_ELSEWHERE = {
+    "ml/sections.py": "tests/ml/test_recipe.py: every validator runs when a recipe is loaded",
+    **{
+        f"assets/{name}.py": "tests/assets/test_steps.py: what each step reads and makes stale"
+        for name in DECLARED_STEPS
+    },
+}
+# Tests of more than one module.
+TESTS_OF_THE_WHOLE = {"test_house.py", "test_environment.py", "test_walk.py", "orchestration/test_webserver.py"}
 
 CONFIGURATIONS = {"cfg", "conf", "config", "configuration", "settings", "recipe", "section", "options", "opts"}
 MACHINE_FOLDERS = ("home", "root", "work", "farm", "Users")
