@@ -1,0 +1,193 @@
+"""What training reads: cached latents with their text for the transformer, clip files for the autoencoder.
+
+Letters: B batch, C latent channels, t h w latent grid, T frames, H W pixels, S text tokens, D width, P pooled width.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ml.batching.buckets import Bucketing, Cell, Footage, uniform
+from ml.batching.sampler import Batch
+from ml.batching.video import ClipCache, Frames, frame_interval, span
+from ml.diffusion.guidance import Text
+from ml.manifest import EXAMPLES, LATENTS
+from ml.sections import AutoencoderStage, Stage
+from ml.shapes import Size
+
+TEXT_FILE = "text.safetensors"
+NULL = "null"
+# Suffix of the tensor that holds a clip's last frame encoded alone, as a person gives it at sampling time.
+TAIL = "tail"
+CACHE_BYTES = 1 << 30
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot serve a stage, with what to do about it."""
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Latents [B,C,t,h,w] of one shape, their captions, and their last frames encoded alone [B,C,1,h,w].
+
+    `tails` is None for images, whose only frame is their first.
+    """
+
+    latents: Tensor
+    text: Text
+    tails: Tensor | None
+
+
+class LatentDataset:
+    """The latents of one folder (`ml.encode latents`): rows of `latents.parquet`, tensors in its shards.
+
+    A row is named by its key, `clip_id/HxW/T`. Raises ManifestError when the folder is not finished.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = LATENTS.read(folder).set_index("key", drop=False)
+        self._tensors = {name: safe_open(folder / name, "pt") for name in (*sorted(set(self.rows["shard"])), TEXT_FILE)}
+
+    @property
+    def null(self) -> Text:
+        """Context [S,D] and pooled [P] of the empty prompt."""
+        return Text(self._text(NULL, "context"), self._text(NULL, "pooled"))
+
+    def groups(self, split: str, stage: str | None = None) -> dict[Cell, list[str]]:
+        """Keys of a split in each bucket, of one stage or of all; raises DatasetError when there is none."""
+        rows = self.rows[self.rows["split"] == split]
+        if stage is not None:
+            rows = rows[[stage in stages.split() for stages in rows["stages"]]]
+        if rows.empty:
+            raise DatasetError(
+                f"{self.folder} holds no {split} latents for {stage or 'any stage'}: encode again with this recipe"
+            )
+        groups: dict[Cell, list[str]] = {}
+        for row in rows.itertuples():
+            groups.setdefault(Cell(row.resolution, row.frames, Size(row.height, row.width)), []).append(row.key)
+        return groups
+
+    def load(self, keys: Sequence[str]) -> LatentBatch:
+        """The latents and captions of keys of one shape."""
+        latents = torch.stack([self._latent(key, key) for key in keys])
+        tails = None
+        if latents.shape[2] > 1:
+            tails = torch.stack([self._latent(key, f"{key}/{TAIL}") for key in keys])
+        return LatentBatch(latents, self.text([str(self.rows.at[key, "clip_id"]) for key in keys]), tails)
+
+    def text(self, clip_ids: Sequence[str]) -> Text:
+        """Text embeddings of the captions of clips."""
+        parts = (torch.stack([self._text(clip_id, part) for clip_id in clip_ids]) for part in ("context", "pooled"))
+        return Text(*parts)
+
+    def _latent(self, key: str, name: str) -> Tensor:
+        return self._tensor(self.rows.at[key, "shard"], name)
+
+    def _text(self, name: str, part: str) -> Tensor:
+        return self._tensor(TEXT_FILE, f"{name}/{part}")
+
+    def _tensor(self, file: str, name: str) -> Tensor:
+        tensor: Tensor = self._tensors[file].get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One example as a file: what must be known to read frames of it."""
+
+    footage: Footage
+    path: Path
+    split: str
+    tiers: tuple[str, ...]
+    caption: str
+
+
+class ClipDataset:
+    """The examples of a dataset folder as clip files; decoded clips are kept in memory up to `cache_bytes`."""
+
+    def __init__(self, folder: Path, workspace: Path, bucketing: Bucketing, cache_bytes: int = CACHE_BYTES) -> None:
+        self.bucketing = bucketing
+        self.clips = {clip.footage.clip_id: clip for clip in _clips(EXAMPLES.read(folder), workspace)}
+        self._cache = ClipCache(cache_bytes)
+
+    def of(self, split: str, tier: str | None = None) -> list[Clip]:
+        """The clips of a split, in a tier or in all; raises DatasetError when there is none."""
+        found = [c for c in self.clips.values() if c.split == split and (tier is None or tier in c.tiers)]
+        if not found:
+            raise DatasetError(f"the dataset has no {split} clip in {'tier ' + tier if tier else 'any tier'}")
+        return found
+
+    def read(self, clip_id: str, size: Size, frames: int, rng: np.random.Generator | None = None) -> Frames:
+        """Frames [T,H,W,3] uint8 at the training frame rate: from the start, or a random span when `rng` is given."""
+        footage = self.clips[clip_id].footage
+        interval = frame_interval(footage.fps, self.bucketing.fps_max)
+        return self._read(clip_id, size, span(footage.num_frames, frames, interval, rng))
+
+    def still(self, clip_id: str, size: Size) -> Frames:
+        """The middle frame, [1,H,W,3] uint8: the picture that a clip gives to the 1-frame buckets."""
+        return self._read(clip_id, size, [self.clips[clip_id].footage.num_frames // 2])
+
+    def _read(self, clip_id: str, size: Size, indices: list[int]) -> Frames:
+        clip = self.clips[clip_id]
+        return self._cache.read(clip.path, clip.footage.num_frames, indices, size)
+
+
+class AutoencoderClips:
+    """Batches of random spans (or single frames) of training clips for an autoencoder stage.
+
+    A batch is images with probability `image_fraction`, decided by the seed and the batch's position.
+    """
+
+    def __init__(self, clips: ClipDataset, stage: AutoencoderStage, seed: int) -> None:
+        self.clips, self.stage, self.seed = clips, stage, seed
+
+    def groups(self, split: str = "train") -> dict[Cell, list[str]]:
+        """Clips with enough pixels and frames, by size; raises DatasetError when there is none."""
+        groups: dict[Cell, list[str]] = {}
+        rule, stage = self.clips.bucketing, self.stage
+        for clip in self.clips.of(split, stage.tier if split == "train" else None):
+            footage = clip.footage
+            if rule.holds(footage, stage.resolution, stage.frames):
+                cell = Cell(stage.resolution, stage.frames, rule.size(footage, stage.resolution))
+                groups.setdefault(cell, []).append(footage.clip_id)
+        if not groups:
+            raise DatasetError(f"no {split} clip has {stage.frames} frames at {stage.resolution}, as {stage.name} asks")
+        return groups
+
+    def load(self, batch: Batch) -> Tensor:
+        """Video [B,3,T,H,W] in [-1, 1]; T is 1 for a batch of images."""
+        where = (self.seed, batch.position.epoch, batch.position.index)
+        image = uniform("image", *where) < self.stage.image_fraction
+        frames = 1 if image else batch.cell.frames
+        rng = np.random.default_rng(where)
+        return to_video([self.clips.read(clip_id, batch.cell.size, frames, rng) for clip_id in batch.ids])
+
+
+def to_video(clips: Sequence[Frames]) -> Tensor:
+    """uint8 frames [T,H,W,3] of several clips to one video tensor [B,3,T,H,W] in [-1, 1]."""
+    video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
+    return video.float().div_(127.5).sub_(1.0).contiguous()
+
+
+def to_frames(video: Tensor) -> list[Frames]:
+    """The inverse of `to_video`, clamped and rounded: one array [T,H,W,3] per clip."""
+    scaled = video.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return list(scaled.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy())
+
+
+def batch_sizes(groups: Mapping[Cell, Sequence[str]], stage: Stage) -> dict[Cell, int]:
+    """The recipe's batch size of every bucket."""
+    return {cell: stage.buckets[cell.resolution][cell.frames].batch for cell in groups}
+
+
+def _clips(rows: pd.DataFrame, workspace: Path) -> Iterator[Clip]:
+    for row in rows.itertuples():
+        footage = Footage(row.clip_id, Size(row.height, row.width), row.num_frames, row.fps)
+        yield Clip(footage, workspace / row.path, row.split, tuple(row.tiers.split()), row.caption)

@@ -1,0 +1,232 @@
+"""Encoding: `python -m ml.encode latents` turns clips into latents and their captions into embeddings.
+
+Every clip is encoded once for each bucket that any stage puts it in; stages then train without the encoders. Shards
+that a killed attempt finished are kept.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from infra.storage import atomic_write, sha256_of
+from infra.workspace import Workspace
+from ml.batching.buckets import Bucketing, Cell
+from ml.batching.datasets import NULL, TAIL, TEXT_FILE, Clip, ClipDataset, to_video
+from ml.engines.plain import device_of
+from ml.entry import Call, parse
+from ml.manifest import LATENTS, stable_id
+from ml.models.autoencoders.hunyuan import VideoAutoencoder
+from ml.models.text import TextEncoder, build_text_encoder
+from ml.models.weights import WEIGHTS
+from ml.recipe import Recipe
+from ml.training.networks import open_autoencoder
+
+Part = TypeVar("Part")
+SHARD_ITEMS = 64
+TEXT_BATCH = 16
+# Pixels (B T H W) that go through the encoder together: enough to keep cores busy, little enough for any GPU.
+BATCH_PIXELS = 1 << 20
+
+
+class EncodeError(ValueError):
+    """A dataset of which nothing can be encoded."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip in one bucket, and the stages that train on it there."""
+
+    clip: Clip
+    cell: Cell
+    stages: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor: `clip_id/HxW/T`."""
+        return f"{self.clip.footage.clip_id}/{self.cell.size}/{self.cell.frames}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one call."""
+    call = parse(argv, ("latents",), "Encode clips to latents and captions to embeddings.")
+    encode_latents(call)
+    return 0
+
+
+def encode_latents(call: Call) -> None:
+    """Write `latents.parquet`, its shards, `text.safetensors` and `encoders.json`."""
+    recipe, device = call.recipe, device_of(call.recipe.compute.encode)
+    bucketing = Bucketing(recipe.strides.pixels, recipe.sampling.fps, recipe.seed)
+    # No cache: shards go bucket by bucket, so a clip comes back only after all others have been read.
+    clips = ClipDataset(call.input("dataset"), call.workspace, bucketing, cache_bytes=0)
+    items = plan_items(recipe, clips)
+    autoencoder = open_autoencoder(recipe, call.input("autoencoder")).to(device)
+    digest = sha256_of(call.input("autoencoder") / WEIGHTS)[:16]
+    rows = encode_shards(call, items, clips, autoencoder, digest)
+    text = build_text_encoder(recipe.text, Workspace(call.workspace).cache / "text", str(device))
+    captions = {item.clip.footage.clip_id: item.clip.caption for item in items}
+    encode_text(call.out / TEXT_FILE, text, captions)
+    encoders: dict[str, dict[str, object]] = {
+        "autoencoder": {"kind": recipe.autoencoder.kind, "digest": digest, "scale": autoencoder.scale},
+        "text": {"kind": recipe.text.kind, "digest": text.digest},
+    }
+    atomic_write(call.out / "encoders.json", json.dumps(encoders, indent=2, sort_keys=True))
+    LATENTS.write(rows, call.out)
+    report(call, rows, clips, encoders)
+
+
+def plan_items(recipe: Recipe, clips: ClipDataset) -> list[Item]:
+    """Every (clip, bucket) pair of any stage, once, sorted by bucket; held-out clips are of every stage's tier.
+
+    Raises EncodeError when there is none.
+    """
+    found: dict[str, Item] = {}
+    for clip in clips.clips.values():
+        for stage in recipe.stages:
+            if clip.split == "train" and stage.tier not in clip.tiers:
+                continue
+            for cell in clips.bucketing.cells(clip.footage, stage.buckets):
+                item = Item(clip, cell, (stage.name,))
+                before = found[item.key].stages if item.key in found else ()
+                found[item.key] = Item(clip, cell, (*before, stage.name))
+    if not found:
+        raise EncodeError(
+            f"none of {len(clips.clips)} clips fits a bucket of any stage: too small, too short, or no tier"
+        )
+    return sorted(found.values(), key=lambda item: (item.cell, item.key))
+
+
+def encode_shards(
+    call: Call, items: Sequence[Item], clips: ClipDataset, autoencoder: VideoAutoencoder, digest: str
+) -> pd.DataFrame:
+    """Encode item by item into shards of `SHARD_ITEMS`; returns the rows of the latents table."""
+    rows = []
+    with tqdm(total=len(items), desc="latents", unit="clip", mininterval=1.0) as bar:
+        for number, shard in enumerate(parts(items, SHARD_ITEMS)):
+            name = f"latents-{number:05d}.safetensors"
+            wanted = stable_id(digest, *(item.key for item in shard))
+            if not is_finished(call.out / name, wanted):
+                write_tensors(call.out / name, dict(encode_items(shard, clips, autoencoder)), wanted)
+            rows += [row_of(item, name) for item in shard]
+            bar.update(len(shard))
+            call.log.heartbeat()
+    return pd.DataFrame(rows)
+
+
+def encode_items(
+    items: Iterable[Item], clips: ClipDataset, autoencoder: VideoAutoencoder
+) -> Iterator[tuple[str, Tensor]]:
+    """Latents [C,t,h,w] by key; of a video also its last frame encoded alone, [C,1,h,w], under `key/tail`."""
+    device = next(autoencoder.parameters()).device
+    for group in same_shape(items):
+        cell = group[0].cell
+        ids = [item.clip.footage.clip_id for item in group]
+        if cell.frames == 1:
+            video = to_video([clips.still(clip_id, cell.size) for clip_id in ids]).to(device)
+        else:
+            video = to_video([clips.read(clip_id, cell.size, cell.frames) for clip_id in ids]).to(device)
+        with torch.inference_mode():
+            latents = autoencoder.encode(video).float().cpu()
+            tails = autoencoder.encode(video[:, :, -1:]).float().cpu() if cell.frames > 1 else None
+        for index, item in enumerate(group):
+            yield item.key, latents[index].clone()
+            if tails is not None:
+                yield f"{item.key}/{TAIL}", tails[index].clone()
+
+
+def same_shape(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Neighbours of one bucket, at most `BATCH_PIXELS` pixels together."""
+    group: list[Item] = []
+    for item in items:
+        most = max(1, BATCH_PIXELS // (item.cell.frames * item.cell.size.area))
+        if group and (item.cell != group[0].cell or len(group) >= most):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
+
+
+def encode_text(path: Path, encoder: TextEncoder, captions: dict[str, str]) -> None:
+    """Context and pooled vector of every caption, by clip id, and of the empty prompt."""
+    prompts = {NULL: "", **dict(sorted(captions.items()))}
+    wanted = stable_id(encoder.digest, *prompts.items())
+    if is_finished(path, wanted):
+        return
+    tensors: dict[str, Tensor] = {}
+    with tqdm(total=len(prompts), desc="text", unit="caption", mininterval=1.0) as bar:
+        for part in parts(list(prompts), TEXT_BATCH):
+            context, pooled = encoder.encode([prompts[name] for name in part])
+            for index, name in enumerate(part):
+                tensors |= {f"{name}/context": context[index].clone(), f"{name}/pooled": pooled[index].clone()}
+            bar.update(len(part))
+    write_tensors(path, tensors, wanted)
+
+
+def is_finished(path: Path, wanted: str) -> bool:
+    """Whether a file was written whole, from the same content."""
+    if not path.is_file():
+        return False
+    with safe_open(path, "pt") as tensors:
+        return bool(tensors.metadata() == {"content": wanted})
+
+
+def parts(items: Sequence[Part], size: int) -> list[Sequence[Part]]:
+    """The items in order, `size` at a time."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], content: str) -> None:
+    """Write a safetensors file and rename it into place; `content` says what it was made of."""
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"content": content})
+    partial.replace(path)
+
+
+def row_of(item: Item, shard: str) -> dict[str, object]:
+    """The row of an item in the latents table."""
+    return {
+        "key": item.key,
+        "clip_id": item.clip.footage.clip_id,
+        "split": item.clip.split,
+        "tiers": " ".join(item.clip.tiers),
+        "resolution": item.cell.resolution,
+        "height": item.cell.size.height,
+        "width": item.cell.size.width,
+        "frames": item.cell.frames,
+        "shard": shard,
+        "stages": " ".join(item.stages),
+    }
+
+
+def report(call: Call, rows: pd.DataFrame, clips: ClipDataset, encoders: dict[str, dict[str, object]]) -> None:
+    """Write the result; clips that fell in no bucket are counted and named, never dropped in silence."""
+    left_out = sorted(set(clips.clips) - set(rows["clip_id"]))
+    buckets = rows.groupby(["resolution", "height", "width", "frames", "split"]).size()
+    call.finish(
+        metrics={
+            "latents": float(len(rows)),
+            "clips_encoded": float(rows["clip_id"].nunique()),
+            "clips_without_bucket": float(len(left_out)),
+            "holdout_latents": float((rows["split"] == "holdout").sum()),
+        },
+        facts={
+            "encoders": encoders,
+            "buckets": {f"{r}/{h}x{w}/{t} {split}": int(n) for (r, h, w, t, split), n in buckets.items()},
+            "without_bucket": left_out[:50],
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
