@@ -4,18 +4,17 @@ Weights never enter MLflow. A checkpoint is an external LoggedModel that says wh
 they have; a registered version points to it, and the aliases `candidate` and `champion` point to versions.
 """
 
-import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from infra.tracking import connect, first_line
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 WEIGHTS_URI, SHA256 = "weights_uri", "sha256"
-# MLflow's marks for a model whose files lie elsewhere, and for the run that made it.
-_EXTERNAL = "mlflow.model.isExternal"
+_GLOBAL_URI = threading.Lock()
 
 
 class RegistryError(RuntimeError):
@@ -64,20 +63,12 @@ class Registry:
             if (known.run_id, known.sha256) == (checkpoint.run_id, checkpoint.sha256):
                 return known
         try:
-            model_id = _external_model(client, checkpoint)
-            _ensure_model(client, checkpoint.name)
-            made = client.create_model_version(
-                checkpoint.name,
-                source=f"models:/{model_id}",
-                run_id=checkpoint.run_id,
-                tags=_tags(checkpoint),
-                model_id=model_id,
-            )
+            with _addressed(self.uri):
+                number = _register(client, checkpoint)
         except Exception as error:  # MLflow lets the errors of SQLAlchemy and requests through beside its own
-            raise RegistryError(
-                f"cannot register {checkpoint.name} of run {checkpoint.run_id}: {first_line(error)}"
-            ) from error
-        return self.version(checkpoint.name, int(made.version))
+            what = f"{checkpoint.name} of run {checkpoint.run_id}"
+            raise RegistryError(f"cannot register {what}: {first_line(error)}") from error
+        return self.version(checkpoint.name, number)
 
     def version(self, name: str, version: int) -> ModelVersion:
         """One version; raises RegistryError naming those that exist."""
@@ -125,7 +116,7 @@ class Registry:
         return self.version(name, version)
 
     def score(self, version: ModelVersion, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics of an evaluation run as metrics of the checkpoint, so that checkpoints can be searched by them."""
+        """Log metrics of an evaluation run as metrics of the checkpoint too, so that checkpoints can be searched."""
         client = self._connected()
         for key, value in metrics.items():
             client.log_metric(run_id, key, value, step=step, model_id=version.model_id)
@@ -136,40 +127,41 @@ class Registry:
         return self._client
 
 
-def _external_model(client: Any, checkpoint: Checkpoint) -> str:
-    """Make the LoggedModel and return its id.
+@contextmanager
+def _addressed(uri: str) -> Iterator[None]:
+    """Set MLflow's global tracking URI for a moment, and only here.
 
-    MLflow's own `create_external_model` does this for the global tracking URI only; here it is done for ours. The
-    registry asks for an MLmodel file, so one that says "external" is logged.
+    An external model can be made for the global URI only, and over SQLite even a client's `create_model_version` looks
+    its source up there (mlflow 3.17, store/model_registry/sqlalchemy_store.py).
     """
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.models.utils import get_external_mlflow_model_spec
+    import mlflow
 
-    experiment_id = client.get_run(checkpoint.run_id).info.experiment_id
-    model = client.create_logged_model(
-        experiment_id,
+    tracking: Any = mlflow.tracking
+    with _GLOBAL_URI:
+        before = tracking.get_tracking_uri() if tracking.is_tracking_uri_set() else None
+        tracking.set_tracking_uri(uri)
+        try:
+            yield
+        finally:
+            tracking.set_tracking_uri(before)
+
+
+def _register(client: Any, checkpoint: Checkpoint) -> int:
+    """Make the LoggedModel and the version that points to it; returns the version's number."""
+    import mlflow
+    from mlflow.entities import LoggedModelOutput
+
+    model = mlflow.create_external_model(
         name=checkpoint.name,
         source_run_id=checkpoint.run_id,
-        tags={**_tags(checkpoint), _EXTERNAL: "true"},
+        tags=_tags(checkpoint),
         params={str(key): str(value) for key, value in checkpoint.params.items()},
         model_type="checkpoint",
+        experiment_id=client.get_run(checkpoint.run_id).info.experiment_id,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        get_external_mlflow_model_spec(model).save(Path(folder) / "MLmodel")
-        client.log_model_artifacts(model.model_id, folder)
-    client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(checkpoint.run_id, [LoggedModelOutput(model.model_id, checkpoint.step)])
-    return str(model.model_id)
-
-
-def _ensure_model(client: Any, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    made = mlflow.register_model(f"models:/{model.model_id}", checkpoint.name, tags=_tags(checkpoint))
+    return int(made.version)
 
 
 def _tags(checkpoint: Checkpoint) -> dict[str, str]:

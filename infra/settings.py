@@ -4,12 +4,15 @@ A recipe says what to make; the settings say where this installation keeps it. M
 PostgreSQL, S3 and a cluster is a change of settings and of no code.
 """
 
+import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from infra.tracking_store import sqlite_uri
 from infra.workspace import Workspace
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -45,7 +48,7 @@ class Settings(BaseSettings):
     workspace: Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())] = Path("workspace")
     profile: str = "tiny"
     recipes: str = "v2_0"
-    tracking_uri: str = Field(default_factory=lambda data: f"sqlite:///{Workspace(data['workspace']).tracking_db}")
+    tracking_uri: str = Field(default_factory=lambda data: sqlite_uri(Workspace(data["workspace"]).tracking_db))
     launcher: Literal["local", "skypilot"] = "local"
     dvc_remote: str = Field(default_factory=lambda data: str(Workspace(data["workspace"]).dvc_remote))
     host: str = "127.0.0.1"
@@ -57,6 +60,18 @@ class Settings(BaseSettings):
     arena_port: Port = 7862
     dagster_url: str = Field(default_factory=lambda data: f"http://{data['host']}:{data['dagster_port']}")
     mlflow_url: str = Field(default_factory=lambda data: _mlflow_url(data))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_variable(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A misspelt variable would otherwise be ignored, and its default used without a word."""
+        known = [f"OPENSORA_{name.upper()}" for name in cls.model_fields]
+        for name in sorted(os.environ):
+            if name.upper().startswith("OPENSORA_") and name.upper() not in known:
+                near = difflib.get_close_matches(name.upper(), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"unknown variable {name}; {hint}")
+        return values
 
     @property
     def space(self) -> Workspace:

@@ -130,7 +130,7 @@ class Tracker:
         with self._lock:
             if self._client is None:
                 self._client = connect(self.uri)
-            else:
+            elif is_http(self.uri):
                 probe(self.uri)
         return _guarded(self.uri, lambda: work(self._client))
 
@@ -206,7 +206,8 @@ class RunLog:
         assert self.run_id is not None
         if self._client is None:
             self._client = connect(self.uri)
-        probe(self.uri)
+        elif is_http(self.uri):
+            probe(self.uri)
         _send(self._client, self.run_id, entries)
 
     def _sample(self) -> None:

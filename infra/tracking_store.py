@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import quote, unquote, urlparse
 
 CONNECT_SECONDS = 2.0
 
@@ -20,6 +20,11 @@ class TrackingError(RuntimeError):
 def is_http(uri: str) -> bool:
     """True for the address of a server."""
     return uri.startswith(("http://", "https://"))
+
+
+def sqlite_uri(file: Path) -> str:
+    """URI of an SQLite store; SQLAlchemy 2.1 takes `%` and `?` in it for marks of its own, so they are quoted."""
+    return f"sqlite:///{quote(str(file.absolute()), safe='/ :+~@,;=&()')}"
 
 
 def sqlite_file(uri: str) -> Path | None:
