@@ -6,6 +6,7 @@ tracking logo from the network; `evaluation/validation_page.py` renders ours, wh
 
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ def _derived_or_plain(table_name: str, frame: pd.DataFrame, recipe: Recipe | Non
 
 def _run(chosen: Suite, frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Results in the order of the suite's expectations, as Great Expectations writes them in JSON."""
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of the standard library, about Great Expectations' imports
+        return _run_quietly(chosen, frame)
+
+
+def _run_quietly(chosen: Suite, frame: pd.DataFrame) -> list[dict[str, Any]]:
     import great_expectations as gx
     import great_expectations.expectations as vocabulary
     from great_expectations.data_context.types.base import ProgressBarsConfig
@@ -161,6 +170,7 @@ _LONG = ("unexpected_list", "unexpected_index_list", "unexpected_index_query")
 
 def _page(validation: Validation, chosen: Suite, found: list[Failure | None], recipe: Recipe | None) -> Page:
     lines = [_line(expect, failure) for expect, failure in zip(chosen.expects, found, strict=True)]
+    lines.sort(key=lambda line: -ORDER.index(line.severity))
     level = validation.max_severity or "passed"
     return Page(validation.table, recipe.id if recipe else "corpus", VERDICTS[level], level, validation.num_rows, lines)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluation.page_style import environment
+from evaluation.suites import Severity
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,7 @@ class Line:
     """One expectation on the page, and what was found."""
 
     passed: bool
-    severity: str
+    severity: Severity
     column: str
     meaning: str
     rule: str

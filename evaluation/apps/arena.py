@@ -49,7 +49,7 @@ def serve(settings: Settings, recipe_id: str, samples: Samples | None) -> None:
     """
     pairs = open_pairs(samples.folder if samples else None, seed=len(recipe_id))
     app, styles = build(pairs, votes_file(settings.workspace, recipe_id))
-    app.launch(server_name=settings.host, server_port=settings.arena_port, css=styles, show_error=True)
+    app.launch(server_name=settings.host, server_port=settings.arena_port, css=styles, show_error=True, footer_links=[])
 
 
 def open_pairs(current: Path | None, seed: int) -> list[Pair]:
@@ -137,7 +137,7 @@ _REPLAY = """<button class="replay" onclick="for (const video of document.queryS
   { video.currentTime = 0; video.play(); }">Play both from the start</button>"""
 
 _STYLE = """
-.gradio-container { max-width: 960px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 960px !important; margin: 0 auto !important; }
 .count { color: var(--body-text-color-subdued); margin: 0; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 .pair figure { margin: 0; text-align: center; }
