@@ -105,7 +105,9 @@ def test_a_tracker_travels_to_other_processes(tracker: Tracker, run_id: str) -> 
     assert pickle.loads(pickle.dumps(tracker)).get(run_id) == tracker.get(run_id)
 
 
+@pytest.mark.slow
 def test_two_processes_may_make_the_store_together(tmp_path: Path) -> None:
+    """Slow: two processes import MLflow side by side and one of them makes every table."""
     uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
     code = f"from infra.tracking import Tracker; print(Tracker({uri!r}).open('e', 'r'))"
     command = [sys.executable, "-c", code]
