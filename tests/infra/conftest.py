@@ -8,11 +8,6 @@ import pytest
 from infra.tracking import Tracker
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Let MLflow 3.17 use a loader strategy that SQLAlchemy 2.1 deprecates; it is MLflow's to mend."""
-    config.addinivalue_line("filterwarnings", "ignore:The ``noload`` loader strategy is deprecated")
-
-
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SQLite file of a store without experiments or runs."""
