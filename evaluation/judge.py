@@ -68,7 +68,7 @@ def write_report(call: Call) -> None:
         metrics={name: value for metrics, _ in parts for name, value in metrics.items()},
         absent={name: reason for _, absent in parts for name, reason in absent.items()},
         per_video={f"vbench/{name}": dict(d.per_video) for name, d in vbench.dimensions.items() if d.per_video},
-        notes=vbench.notes,
+        notes=(*vbench.notes, *_votes_note(call)),
     )
     sheet = call.input("samples") / SHEET
     copied = atomic_write(call.out / SHEET, sheet.read_bytes()) if sheet.is_file() else None
@@ -103,6 +103,17 @@ def _preference(call: Call) -> Found:
     if not found["num_votes"]:
         return metrics, {**absent, "preference/wins": status}
     return {**metrics, "preference/wins": float(found["wins"])}, absent
+
+
+def _votes_note(call: Call) -> list[str]:
+    """How far the votes carry: against which samples, how many, the interval of each axis, how far voters agree."""
+    found = _read(call.input("preference_report") / "preference.json")
+    if not found["num_votes"]:
+        return []
+    ends = [f"{axis} {r['interval'][0]:.2f} to {r['interval'][1]:.2f}" for axis, r in found["axes"].items()]
+    alpha = "not measurable yet" if found["agreement"] is None else f"{found['agreement']:.2f}"
+    voters = f"{found['num_votes']} votes of {found['num_voters']} voters"
+    return [f"preferred to samples {found['against']}, {voters}: {', '.join(ends)}; Krippendorff's alpha {alpha}"]
 
 
 def _protocol(call: Call, versions: Mapping[str, str]) -> Protocol:

@@ -89,9 +89,11 @@ def test_votes_become_metrics(tmp_path, folders):
     preference_report(_call("preference_report", tmp_path, folders))
     call = _call("report", tmp_path, folders)
     write_report(call)
-    metrics = Report.from_json((call.out / "report.json").read_text(encoding="utf-8")).metrics
-    assert metrics["preference/wins"] == 1.0
-    assert metrics["preference/motion"] == pytest.approx(2.1 / 3.2)
+    report = Report.from_json((call.out / "report.json").read_text(encoding="utf-8"))
+    assert report.metrics["preference/wins"] == 1.0
+    assert report.metrics["preference/motion"] == pytest.approx(2.1 / 3.2)
+    assert "9 votes of 1 voters" in report.notes[-1]
+    assert "alpha not measurable yet" in report.notes[-1]
 
 
 def test_another_checkpoint_gives_another_report(tmp_path, folders):
