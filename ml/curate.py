@@ -15,9 +15,10 @@ import pandas as pd
 from infra.storage import atomic_write
 from infra.workspace import Workspace
 from ml import entry, manifest
-from ml.curation import captions, clips, filters, pictures, probe, scorers, scores, shots
+from ml.curation import captions, clips, filters, pictures, probe, scores, shots
 from ml.curation.footage import Footage
 from ml.curation.parallel import num_workers, spread
+from ml.curation.scorers import registry
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +80,7 @@ def run_scores(call: entry.Call, workspace: Workspace) -> None:
     """Input clips -> scores.parquet, scores.png."""
     curation = call.recipe.curation
     table = manifest.CLIPS.read(call.input("clips"))
-    chosen = scorers.build(curation.scores)
+    chosen = registry.build(curation.scores)
     score = partial(scores.score_clip, scorers=chosen, workspace=workspace)
     rows = spread(score, _records(table[table.status == "ok"]), "scores", call.log.heartbeat)
     scored = scores.tabulate(rows, chosen)

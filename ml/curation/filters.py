@@ -139,6 +139,8 @@ def _advice(scored: pd.DataFrame, keep: Keep, funnel: list[Drop]) -> str:
             if int(outside.sum()) > count:
                 worst, count, end = name, int(outside.sum()), bound
     steps = ", ".join(f"{step.name} {step.dropped}" for step in funnel if step.dropped)
+    if count <= 0:
+        return f"no clip is left (dropped by {steps})"
     half = float(scored[worst].median())
     return (
         f"no clip is left (dropped by {steps}). curation.keep.thresholds.{worst}.{end}="

@@ -141,7 +141,9 @@ def test_damage_in_the_middle_rejects_only_the_clips_it_touches(tmp_path, encode
     data = bytearray(path.read_bytes())
     start, end = data.find(b"mdat") + 4, data.find(b"moov") - 4
     third = (end - start) // 3
-    data[start + third + third // 3 : start + 2 * third - third // 6] = bytes(2 * third - third // 6 - third - third // 3)
+    data[start + third + third // 3 : start + 2 * third - third // 6] = bytes(
+        2 * third - third // 6 - third - third // 3
+    )
     path.write_bytes(data)
     table = cut_all(space, videos, found, tmp_path / "out")
     assert table.status.tolist() == ["ok", "rejected", "ok"]

@@ -52,7 +52,12 @@ def test_what_is_no_video_says_why(tmp_path: Path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
-    cases = {"absent.mp4": "no such file", "empty.mp4": "0 bytes", "text.mp4": "not a readable", "sound.wav": "only audio"}
+    cases = {
+        "absent.mp4": "no such file",
+        "empty.mp4": "0 bytes",
+        "text.mp4": "not a readable",
+        "sound.wav": "only audio",
+    }
     for name, words in cases.items():
         with pytest.raises(footage.FootageError, match=words):
             footage.Reader(tmp_path / name)

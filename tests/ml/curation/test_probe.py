@@ -71,7 +71,15 @@ def test_no_row_is_ever_lost(space, encode, scene):
     rows = [probe.probe_row(row(name), space) for name in names] + [probe.probe_row(row("free.mp4", ""), space)]
     table = probe.tabulate(rows, "own", "one").set_index("path", append=True)
     assert table.status.tolist() == ["ok", *["rejected"] * 6]
-    reasons = ["", "same bytes as good.mp4", "0 bytes", "not a readable video", "no such file", "listed twice", "no licence"]
+    reasons = [
+        "",
+        "same bytes as good.mp4",
+        "0 bytes",
+        "not a readable video",
+        "no such file",
+        "listed twice",
+        "no licence",
+    ]
     for found, wanted in zip(table.reason, reasons, strict=True):
         assert wanted in found
     assert table.video_id.is_unique

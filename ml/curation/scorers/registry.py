@@ -1,4 +1,4 @@
-"""Scorers: each gives a clip one number. Scoring is not filtering: a score is a column kept for ever.
+"""The scorers there are: each gives a clip one number. Scoring is not filtering: a score is a column kept for ever.
 
 A new scorer is one file in this folder, one line in the registry below, and one test.
 """
