@@ -12,7 +12,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
@@ -133,10 +133,8 @@ class SkyPilotLauncher:
         """Where the task stands; waits up to ten minutes for an API server that does not answer."""
         data = _checked(handle)
         state = _patiently(lambda: _managed_state(_sky(), data) if data["managed"] else _cluster_state(_sky(), data))
-        if state.status in ("failed", "succeeded"):
-            tail = self.log_tail(handle) or state.tail
-            return TaskState(state.status, state.exit_code, state.started, state.ended, tail)
-        return state
+        ended = state.status in ("failed", "succeeded")
+        return replace(state, tail=self.log_tail(handle) or state.tail) if ended else state
 
     def cancel(self, handle: Handle) -> None:
         """Stop the job and take its cluster down; one that is gone already is what was wanted."""
@@ -221,42 +219,50 @@ def _check_price(wanted: Resources) -> None:
 
 
 def _cluster_state(sky: Any, data: Mapping[str, Any]) -> TaskState:
-    """State of the one job of a cluster, or of the launch that is still under way."""
+    """State of the one job of a cluster, or of the launch that is still under way.
+
+    The queue is asked, not `job_status`: that one cannot say in 0.14.1 that a cluster has no job yet.
+    """
+    launch = _launch_state(sky, data)
+    if launch is not None:
+        return launch
     try:
-        found = sky.get(sky.job_status(data["cluster"]))
-        status = next(iter(found.values()))
-        if status is None:
-            return _launch_state(sky, data, gone="lost")
-        return _job_state(sky, data, status.name)
+        rows = sky.get(sky.queue(data["cluster"]))
     except Exception as error:
         if type(error).__name__ == "ClusterDoesNotExist":
-            return _launch_state(sky, data, gone="lost")
-        if type(error).__name__ == "ClusterNotUpError":  # once up, it was stopped or taken away by others
-            return _launch_state(sky, data, gone="preempted")
+            return TaskState("lost", started=data["started"])
+        if type(error).__name__ == "ClusterNotUpError":  # it was up once: it was stopped, or taken away
+            return TaskState("preempted", started=data["started"])
         raise
+    if not rows:
+        return TaskState("lost", started=data["started"])
+    job = max(rows, key=lambda row: int(row["job_id"]))
+    return _job_state(job["status"].name, job["end_at"], data)
 
 
-def _job_state(sky: Any, data: Mapping[str, Any], status: str) -> TaskState:
-    if STATUSES[status] == "running":
-        return TaskState("running", started=data["started"])
-    rows = sky.get(sky.queue(data["cluster"]))
-    ended = max((float(row["end_at"]) for row in rows if row["end_at"]), default=time.time())
-    return _ended(status, data, ended)
-
-
-def _launch_state(sky: Any, data: Mapping[str, Any], gone: Status) -> TaskState:
-    """State of a task without a job: its launch still runs, or failed, or the cluster is `gone`."""
+def _launch_state(sky: Any, data: Mapping[str, Any]) -> TaskState | None:
+    """State of a launch that is under way or has failed; None when it is done, or so old that it was forgotten."""
     payloads = sky.api_status([data["request"]]) if data["request"] else []
     status = payloads[0].status if payloads else "SUCCEEDED"
     if status in ("PENDING", "RUNNING"):
         return TaskState("running", started=data["started"])
     if status == "SUCCEEDED":
-        return TaskState(gone, started=data["started"])
+        return None
     try:
         sky.get(data["request"])
+        said = status
     except Exception as error:
-        return TaskState("failed", started=data["started"], ended=time.time(), tail=f"launch failed: {error}")
-    return TaskState(gone, started=data["started"], ended=time.time())
+        said = str(error)
+    return TaskState("failed", started=data["started"], ended=time.time(), tail=f"launch failed: {said}")
+
+
+def _job_state(status: str, ended: float | None, data: Mapping[str, Any]) -> TaskState:
+    """State of a job from SkyPilot's word for it; SkyPilot knows no exit code but that of success."""
+    meaning, started = STATUSES[status], data["started"]
+    if meaning == "running":
+        return TaskState("running", started=started)
+    code = 0 if meaning == "succeeded" else None
+    return TaskState(meaning, exit_code=code, started=started, ended=ended or time.time(), tail=f"SkyPilot: {status}")
 
 
 def _managed_rows(sky: Any, name: str) -> list[Any]:
@@ -268,16 +274,8 @@ def _managed_state(sky: Any, data: Mapping[str, Any]) -> TaskState:
     """State of a managed job; a recovery is part of its running."""
     rows = _managed_rows(sky, data["cluster"])
     if not rows:
-        return _launch_state(sky, data, gone="lost")
-    status = rows[0].status.name.removeprefix("DEPRECATED_")
-    if STATUSES[status] == "running":
-        return TaskState("running", started=data["started"])
-    return _ended(status, data, rows[0].end_at or time.time())
-
-
-def _ended(status: str, data: Mapping[str, Any], ended: float) -> TaskState:
-    code = 0 if STATUSES[status] == "succeeded" else None
-    return TaskState(STATUSES[status], exit_code=code, started=data["started"], ended=ended, tail=f"SkyPilot: {status}")
+        return _launch_state(sky, data) or TaskState("lost", started=data["started"])
+    return _job_state(rows[0].status.name.removeprefix("DEPRECATED_"), rows[0].end_at, data)
 
 
 def _checked(handle: Handle) -> Mapping[str, Any]:

@@ -1,9 +1,9 @@
 """SkyPilot without a cluster: the real SDK checks what we ask for; nothing is launched, no server is started.
 
 One test, marked `slurm`, launches for real. It needs a reachable Slurm cluster configured in `~/.slurm/config` (the ssh
-settings of its login node), named by the environment variable OPENSORA_TEST_SLURM as `name` or `name/partition`:
+settings of its login node), named by the environment variable SLURM_TEST_CLUSTER as `name` or `name/partition`:
 
-    OPENSORA_TEST_SLURM=lab pytest -m slurm tests/infra/compute/test_skypilot.py
+    SLURM_TEST_CLUSTER=lab pytest -m slurm tests/infra/compute/test_skypilot.py
 """
 
 import os
@@ -27,7 +27,7 @@ URI = "https://mlflow.example.org"
 RUN = "0f1e2d3c4b5a69788796a5b4c3d2e1ff"
 
 # With a real cluster SkyPilot needs the real HOME; otherwise it gets one of its own to write its state to.
-SLURM = os.environ.get("OPENSORA_TEST_SLURM", "")
+SLURM = os.environ.get("SLURM_TEST_CLUSTER", "")
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +168,10 @@ class Stub:
 
     def get(self, request: Any) -> Any:
         """The answer to a request, or its error."""
-        if isinstance(request, Exception):
-            raise request
-        return request
+        answer = self.answers.get(request, request) if isinstance(request, str) else request
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -191,16 +192,11 @@ def polled(monkeypatch: pytest.MonkeyPatch, stub: Stub, data: Mapping[str, Any] 
 def test_a_launch_under_way_is_running_and_a_failed_one_says_why(sky: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from sky import exceptions
 
-    gone = exceptions.ClusterDoesNotExist("Cluster 'c' does not exist.")
-    under_way = Stub(job_status=gone, api_status=[SimpleNamespace(status="RUNNING")])
+    under_way = Stub(api_status=[SimpleNamespace(status="RUNNING")])
     assert polled(monkeypatch, under_way) == ("running", "")
-    failed = Stub(job_status=gone, api_status=[SimpleNamespace(status="FAILED")])
-    failed.get = lambda request: failed_get(request)  # type: ignore[method-assign]
-
-    def failed_get(request: Any) -> Any:
-        raise exceptions.ResourcesUnavailableError("no H200 anywhere") if request == "r" else gone
-
-    assert polled(monkeypatch, failed) == ("failed", "launch failed: no H200 anywhere")
+    assert "queue" not in under_way.calls, "a cluster that is not up has no queue to ask"
+    failed = Stub(api_status=[SimpleNamespace(status="FAILED")], r=exceptions.ResourcesUnavailableError("no H200 left"))
+    assert polled(monkeypatch, failed) == ("failed", "launch failed: no H200 left")
 
 
 def test_a_cluster_that_is_gone_is_lost_and_one_that_was_taken_preempted(
@@ -209,16 +205,19 @@ def test_a_cluster_that_is_gone_is_lost_and_one_that_was_taken_preempted(
     from sky import exceptions
 
     launched = [SimpleNamespace(status="SUCCEEDED")]
-    gone = Stub(job_status=exceptions.ClusterDoesNotExist("gone"), api_status=launched)
+    gone = Stub(queue=exceptions.ClusterDoesNotExist("gone"), api_status=launched)
     assert polled(monkeypatch, gone)[0] == "lost"
-    taken = Stub(job_status=exceptions.ClusterNotUpError("down", cluster_status=None), api_status=launched)
+    assert polled(monkeypatch, Stub(queue=[], api_status=launched))[0] == "lost"
+    taken = Stub(queue=exceptions.ClusterNotUpError("down", cluster_status=None), api_status=launched)
     assert polled(monkeypatch, taken)[0] == "preempted"
 
 
-def test_a_job_has_its_end_from_the_queue(sky: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = Stub(job_status={1: sky.JobStatus.FAILED}, queue=[{"end_at": 5.0}])
+def test_a_job_is_read_from_the_queue(sky: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {"job_id": 1, "status": sky.JobStatus.SUCCEEDED, "end_at": 2.0}
+    done = Stub(queue=[old, {"job_id": 2, "status": sky.JobStatus.FAILED, "end_at": 5.0}])
     assert polled(monkeypatch, done) == ("failed", "SkyPilot: FAILED")
-    assert polled(monkeypatch, Stub(job_status={1: sky.JobStatus.SETTING_UP}))[0] == "running"
+    setup = Stub(queue=[{"job_id": 1, "status": sky.JobStatus.SETTING_UP, "end_at": None}])
+    assert polled(monkeypatch, setup)[0] == "running"
 
 
 def test_a_managed_job_in_recovery_is_running(sky: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,9 +247,9 @@ def test_a_run_that_has_a_cluster_is_not_launched_again(
 @pytest.mark.slurm
 @pytest.mark.timeout(1200)
 def test_a_real_cluster_runs_a_task_and_reports_its_end(sky: Any, tmp_path: Path) -> None:
-    """Two real launches on the cluster that OPENSORA_TEST_SLURM names (see the head of this file): five minutes."""
+    """Two real launches on the cluster that SLURM_TEST_CLUSTER names (see the head of this file): five minutes."""
     if not SLURM:
-        pytest.skip("OPENSORA_TEST_SLURM names no cluster")
+        pytest.skip("SLURM_TEST_CLUSTER names no cluster")
     (tmp_path / "work").mkdir()
     toy = "import pathlib, sys\nprint('hello from the cluster')\nsys.exit(3 if sys.argv[1] == 'fail' else 0)\n"
     (tmp_path / "work" / "toy_task.py").write_text(toy, encoding="utf-8")
