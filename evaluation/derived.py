@@ -5,10 +5,9 @@ from typing import Any
 
 import pandas as pd
 
+from ml.curation.examples import LONG_VIDEO_SHOTS
 from ml.recipe import Recipe
 
-# A video of this many clips gives one unbroken block of them to the holdout (ml/curation/examples.py).
-LONG_VIDEO_CLIPS = 20
 Columns = dict[str, "pd.Series[Any]"]
 
 
@@ -42,11 +41,13 @@ def _of_captions(frame: pd.DataFrame) -> Columns:
 
 
 def _of_examples(frame: pd.DataFrame, recipe: Recipe) -> Columns:
-    long = frame.groupby("video_id")["clip_id"].transform("size") >= LONG_VIDEO_CLIPS
+    long = frame.groupby("video_id")["shot_id"].transform("nunique") >= LONG_VIDEO_SHOTS
     members = {f"in_{t.name}": frame["tiers"].str.split().map(_holds(t.name)) for t in recipe.dataset.tiers}
     return {
         **members,
         "splits_of_short_video": _splits_per(frame, "video_id").mask(long, 1),
+        "split_changes_of_video": _split_changes(frame),
+        "splits_of_shot": _splits_per(frame, "shot_id"),
         "splits_of_file": _splits_per(frame, "sha256"),
         "is_holdout": (frame["split"] == "holdout").astype("float64"),
     }
@@ -63,6 +64,14 @@ def _of_latents(frame: pd.DataFrame, recipe: Recipe) -> Columns:
 
 def _splits_per(frame: pd.DataFrame, key: str) -> "pd.Series[Any]":
     return frame.groupby(key)["split"].transform("nunique")
+
+
+def _split_changes(frame: pd.DataFrame) -> "pd.Series[Any]":
+    """How often the split changes along a video: one held-out block has at most two ends."""
+    ordered = frame.sort_values(["video_id", "start_seconds"])
+    video = ordered["video_id"]
+    changed = (ordered["split"] != ordered["split"].shift()) & (video == video.shift())
+    return changed.groupby(video).transform("sum").reindex(frame.index)
 
 
 def _holds(tier: str) -> Callable[[list[str]], float]:

@@ -182,6 +182,8 @@ def _examples(recipe: Recipe) -> tuple[Expect, ...]:
         _one_of("split", ("train", "holdout"), "split is train or holdout"),
         _contains("split", ("train", "holdout"), "both splits have examples"),
         _between("splits_of_short_video", (1, 1), "no video is in both splits, but one long enough for a block"),
+        _between("splits_of_shot", (1, 1), "no shot is in both splits"),
+        _between("split_changes_of_video", (0, 2), "a long video holds out one unbroken block"),
         _between("splits_of_file", (1, 1), "no clip file is in both splits"),
         _matches("tiers", rf"^(?:(?:{tiers})(?: (?:{tiers}))*)?$", "tiers are the recipe's"),
         *(_some(f"in_{t.name}", f"tier {t.name} has examples", "warning") for t in recipe.dataset.tiers),

@@ -221,3 +221,7 @@ def _repo() -> DataRepo:
     return DataRepo(settings.space.data_repo, settings.dvc_remote)
 
 
+
+
+if __name__ == "__main__":
+    app()

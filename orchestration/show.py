@@ -94,14 +94,14 @@ def bill_table(table: pd.DataFrame, totals: dict[str, float]) -> Table:
     return shown
 
 
-def funnel_table(facts: dict[str, Any], metrics: dict[str, float]) -> Table:
+def funnel_table(facts: dict[str, Any]) -> Table:
     """How many clips came in, what each filter dropped, how many stayed."""
     table = Table(title="The funnel")
-    table.add_column("filter")
-    table.add_column("dropped", justify="right")
-    table.add_column("left", justify="right")
+    for name in ("filter", "keeps", "before", "dropped", "after"):
+        table.add_column(name, justify="left" if name in ("filter", "keeps") else "right")
     for row in facts["funnel"]:
-        table.add_row(row["filter"], str(row["dropped"]), str(row["left"]))
+        counts = (str(row[name]) for name in ("before", "dropped", "after"))
+        table.add_row(row["name"], escape(row["rule"]), *counts)
     return table
 
 
@@ -130,7 +130,7 @@ def summary(walk: Walk, recipe: Recipe, bill: Table, seconds: float) -> None:
         facts_of(walk, (recipe.name, name)) for name in ("curated", "loss_report", "report", "release")
     )
     if curated:
-        console.print(funnel_table(dict(curated.result["facts"]), dict(curated.result["metrics"])))
+        console.print(funnel_table(dict(curated.result["facts"])))
     if losses:
         console.print(loss_table(losses.folder / "losses.json"))
     if report:

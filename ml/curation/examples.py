@@ -1,7 +1,7 @@
 """From curated, captioned clips to training examples: the split, the tiers, and the card that describes them.
 
-No shot may stand in both splits, and neither may its neighbours: a long video gives one unbroken block of its clips to
-the holdout, a short one goes whole to one side.
+No shot may stand in both splits: a video of many shots gives one unbroken block of them to the holdout, any other goes
+whole to one side.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from ml.manifest import EXAMPLES
 from ml.recipe import Recipe
 from ml.sections import Range, Tier
 
-_MIN_LONG = 20  # clips from which a video is long enough to give a block to each side
+LONG_VIDEO_SHOTS = 20  # from which a video gives a block to each side
 
 
 class DatasetError(ValueError):
@@ -28,8 +28,11 @@ def build_examples(recipe: Recipe, curated: pd.DataFrame, captions: pd.DataFrame
     kept = curated[curated["keep"]].merge(captions[["clip_id", "caption"]], on="clip_id", how="inner")
     kept = kept.sort_values(["video_id", "start_seconds"], kind="stable")
     kept["split"] = [split for _, group in kept.groupby("video_id", sort=False) for split in _splits(recipe, group)]
-    kept["tiers"] = [" ".join(t.name for t in recipe.dataset.tiers if _in_tier(row, t)) for row in kept.to_dict("records")]
-    examples = EXAMPLES.conform(kept[[c.name for c in EXAMPLES.columns]].sort_values("clip_id"))
+    kept["tiers"] = [
+        " ".join(t.name for t in recipe.dataset.tiers if _in_tier(row, t)) for row in kept.to_dict("records")
+    ]
+    columns = [*(c.name for c in EXAMPLES.columns), "shot_id", "start_seconds"]
+    examples = EXAMPLES.conform(kept[columns].sort_values("clip_id"))
     for stage in (*recipe.autoencoder.stages, *recipe.stages):
         train = examples[(examples["split"] == "train") & in_tier(examples, stage.tier)]
         if train.empty:
@@ -68,12 +71,13 @@ def data_card(recipe: Recipe, examples: pd.DataFrame, curated: pd.DataFrame) -> 
 
 def _splits(recipe: Recipe, group: pd.DataFrame) -> list[str]:
     """Split of every clip of one video, in time order."""
-    count, chance = len(group), _chance(recipe.seed, str(group["video_id"].iloc[0]))
-    if count < _MIN_LONG:
-        return ["holdout" if chance < recipe.dataset.holdout_fraction else "train"] * count
-    block = max(1, round(count * recipe.dataset.holdout_fraction))
-    start = int(chance * (count - block))
-    return ["holdout" if start <= i < start + block else "train" for i in range(count)]
+    shots, chance = list(dict.fromkeys(group["shot_id"])), _chance(recipe.seed, str(group["video_id"].iloc[0]))
+    if len(shots) < LONG_VIDEO_SHOTS:
+        return ["holdout" if chance < recipe.dataset.holdout_fraction else "train"] * len(group)
+    block = max(1, round(len(shots) * recipe.dataset.holdout_fraction))
+    start = int(chance * (len(shots) - block))
+    held = set(shots[start : start + block])
+    return ["holdout" if shot in held else "train" for shot in group["shot_id"]]
 
 
 def _chance(seed: int, video_id: str) -> float:

@@ -19,6 +19,7 @@ def _examples(n: int = 40) -> pd.DataFrame:
     ids = [f"{i:016x}" for i in range(n)]
     frame = pd.DataFrame({"clip_id": ids, "video_id": [f"{i // 4:016x}" for i in range(n)]})
     frame["sha256"] = [f"{i:064x}" for i in range(n)]
+    frame["shot_id"], frame["start_seconds"] = ids, [float(i) for i in range(n)]
     frame["split"] = ["holdout" if i // 4 >= 8 else "train" for i in range(n)]
     fixed = {"path": "clips/a.mp4", "caption": "a rabbit in a meadow", "tiers": "base high finest", "width": 320}
     return frame.assign(**fixed, height=240, fps=12.0, num_frames=30, licence="CC0-1.0")

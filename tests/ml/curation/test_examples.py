@@ -18,6 +18,7 @@ def tables(recipe: Recipe, long: int = 60, short: int = 4) -> tuple[pd.DataFrame
                 {
                     "clip_id": f"{video}-{index:03}",
                     "video_id": video,
+                    "shot_id": f"{video}-{index // 2}",
                     "start_seconds": float(index),
                     "path": f"clips/{video}-{index}.mp4",
                     "sha256": f"{len(rows):064x}",
@@ -43,7 +44,9 @@ def test_kept_clips_become_examples_and_no_video_leaks(tiny_recipe: Recipe) -> N
     film = examples[examples["video_id"] == "film"].sort_values("clip_id")
     held = [index for index, split in enumerate(film["split"]) if split == "holdout"]
     assert held == list(range(held[0], held[-1] + 1)), "the held-out block of a long video must be unbroken"
-    assert len(held) == round(len(film) * tiny_recipe.dataset.holdout_fraction)
+    shots = film.groupby("shot_id")["split"]
+    assert (shots.nunique() == 1).all(), "no shot stands in both splits"
+    assert (shots.first() == "holdout").sum() == round(shots.ngroups * tiny_recipe.dataset.holdout_fraction)
     for _, short in examples[examples["video_id"] != "film"].groupby("video_id"):
         assert short["split"].nunique() == 1
 
