@@ -14,7 +14,6 @@ from ml import curate, manifest
 from ml.entry import CallError
 from ml.recipe import Recipe
 
-
 TINTS = np.array([(0, 0, 0), (110, 0, 0), (0, 110, 0), (0, 0, 110), (110, 110, 0), (0, 110, 110)], np.uint8)
 
 
