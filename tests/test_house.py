@@ -53,7 +53,13 @@ TESTED_ELSEWHERE = {
     **{f"assets/{name}.py": "tests/assets/test_steps.py: what each step reads and makes stale" for name in DECLARED},
 }
 # Tests of more than one module.
-TESTS_OF_THE_WHOLE = {"test_house.py", "test_environment.py", "test_walk.py", "orchestration/test_webserver.py"}
+TESTS_OF_THE_WHOLE = {
+    "test_house.py",
+    "test_bootstrap.py",
+    "test_environment.py",
+    "test_walk.py",
+    "orchestration/test_webserver.py",
+}
 
 CONFIGURATIONS = {"cfg", "conf", "config", "configuration", "settings", "recipe", "section", "options", "opts"}
 MACHINE_FOLDERS = ("home", "root", "work", "farm", "Users")
