@@ -78,14 +78,14 @@ class LocalLauncher:
     def cancel(self, handle: Handle) -> None:
         """SIGTERM to the task's group, SIGKILL after the grace; returns when the task has ended."""
         data = _checked(handle)
-        if not _alive(data):
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(data["pid"], signal.SIGTERM)
-        deadline = time.monotonic() + self.grace_seconds + 5
+        if _alive(data):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(data["pid"], signal.SIGTERM)
+        deadline = time.monotonic() + self.grace_seconds + KILL_SECONDS
         while _alive(data) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if _alive(data):
+        record = _record(data)
+        if record is None or record["exit_code"] is None:
             _kill_session(data)
 
     def log_tail(self, handle: Handle) -> str:

@@ -95,6 +95,20 @@ def test_a_task_that_ignores_sigterm_is_killed_after_the_grace(launcher: LocalLa
     assert ended(launcher, handle).exit_code == -signal.SIGKILL
 
 
+def test_a_task_can_be_cancelled_at_once_and_without_its_supervisor(
+    launcher: LocalLauncher, make_task: MakeTask
+) -> None:
+    handle = launcher.submit(make_task("await=go"), "run1", URI)
+    launcher.cancel(handle)
+    assert not launcher.poll(handle).running
+    orphaned = launcher.submit(task := make_task("await=go", key="orphaned"), "run2", URI)
+    started(task)
+    child = child_of(orphaned)
+    os.kill(orphaned.data["pid"], signal.SIGKILL)
+    launcher.cancel(orphaned)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_killed_task_leaves_its_signal(launcher: LocalLauncher, make_task: MakeTask) -> None:
     task = make_task("await=go")
     handle = launcher.submit(task, "run1", URI)
