@@ -7,7 +7,15 @@ from ml.recipe import Recipe
 from ml.sections import AutoencoderStage
 
 LPIPS = ("weights", "lpips_alex")
-_NETWORK = ("kind", "channels", "layers_per_block", "norm_groups", "latent_channels", "temporal_stride", "spatial_stride")
+_NETWORK = (
+    "kind",
+    "channels",
+    "layers_per_block",
+    "norm_groups",
+    "latent_channels",
+    "temporal_stride",
+    "spatial_stride",
+)
 _TRAINING = ("tier", "steps", "resolution", "frames", "image_fraction", "batch", "optimizer", "loss")
 
 
@@ -64,7 +72,7 @@ def _stage(recipe: Recipe, stage: AutoencoderStage, before: tuple[str, str] | No
     return Step(
         key=(recipe.name, stage.name),
         group="autoencoder",
-        description=f"Autoencoder stage `{stage.name}`: {stage.steps} steps at {stage.resolution}, {stage.frames} frames.",
+        description=f"Autoencoder stage `{stage.name}`: {stage.steps} steps, {stage.resolution}, {stage.frames} f.",
         work=Entry("ml.train", "autoencoder", stage.compute),
         purpose="headline",
         recipe=recipe,

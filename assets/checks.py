@@ -1,6 +1,7 @@
 """Asset checks: Great Expectations on every table (critical blocks, warning warns), and the budget on the bill."""
 
 import json
+from typing import Any
 
 import dagster as dg
 import pandas as pd
@@ -81,7 +82,7 @@ def _severity(validation: Validation) -> dg.AssetCheckSeverity:
     return dg.AssetCheckSeverity.ERROR if validation.max_severity == "critical" else dg.AssetCheckSeverity.WARN
 
 
-def _shown(validation: Validation) -> dict[str, object]:
+def _shown(validation: Validation) -> dict[str, Any]:
     return {
         "expectations": validation.num_expectations,
         "failures": dg.MetadataValue.json([f.as_dict() for f in validation.failures]),

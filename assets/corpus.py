@@ -18,7 +18,7 @@ def corpus_step(name: str) -> Step:
         key=("corpus", name),
         group="corpus",
         description=(
-            f"Videos of corpus `{name}` as found: path, sha256, source, licence and probe facts, one partition a shard. "
+            f"Videos of corpus `{name}` as found: path, sha256, source, licence, probe facts; one partition a shard. "
             "An unreadable file is a rejected row with its reason, never a missing one."
         ),
         work=Entry("ml.curate", "probe", PROBE),

@@ -21,7 +21,7 @@ def cost_steps(recipe: Recipe, settings: Settings) -> list[Step]:
     before = Step(
         key=(recipe.name, "cost_plan"),
         group="dollars",
-        description="Tokens, FLOPs, GPU-hours and dollars of every stage, predicted, beside what the original published.",
+        description="Tokens, FLOPs, GPU-hours and dollars of every stage, predicted, beside what was published.",
         work=Function(write_plan, billed=False),
         purpose="eval",
         recipe=recipe,

@@ -19,7 +19,7 @@ def dataset_steps(recipe: Recipe, settings: Settings) -> list[Step]:
         Step(
             key=(recipe.name, "dataset_version"),
             group="dataset",
-            description="Frozen manifest with splits and tiers, its DVC revision, pushed to the remote, and the data card.",
+            description="Frozen manifest with splits and tiers, its DVC revision on the remote, and the data card.",
             work=Function(partial(freeze_dataset, remote=settings.dvc_remote)),
             purpose="storage",
             recipe=recipe,
@@ -38,13 +38,18 @@ def freeze_dataset(call: Call, remote: str) -> None:
     examples = build_examples(call.recipe, curated, captions)
     EXAMPLES.write(examples, call.out)
     (call.out / "card.md").write_text(data_card(call.recipe, examples, curated), encoding="utf-8")
+    (call.out / "revision.json").unlink(missing_ok=True)  # left by a killed attempt, and no part of the version
     repo = DataRepo(Workspace(call.workspace).data_repo, remote)
     clips = [(call.workspace / path, path) for path in examples["path"]]
     revision = repo.freeze(call.out, call.recipe.id, f"{call.recipe.title}: {len(examples)} examples", clips)
-    facts = {"dvc_revision": revision.name, "git_commit": revision.commit, "dvc_md5": revision.md5, "dvc_remote": remote}
+    facts = {
+        "dvc_revision": revision.name,
+        "git_commit": revision.commit,
+        "dvc_md5": revision.md5,
+        "dvc_remote": remote,
+    }
     (call.out / "revision.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     holdout = int((examples["split"] == "holdout").sum())
     metrics = {"examples": len(examples), "examples_train": len(examples) - holdout, "examples_holdout": holdout}
     tiers = {f"tier_{t.name}": int(in_tier(examples, t.name).sum()) for t in call.recipe.dataset.tiers}
     call.finish(metrics | tiers, facts=facts, data=["examples.parquet"])
-

@@ -39,12 +39,14 @@ def _asset(step: Step) -> dg.AssetsDefinition:
         partitions_def=SHARDS if step.partitioned else None,
         pool=_pool(step),
     )
-    def made(context: dg.AssetExecutionContext, runner: dg.ResourceParam[Runner]) -> dg.MaterializeResult:
+    def made(context: dg.AssetExecutionContext, runner: dg.ResourceParam[Runner]) -> dg.MaterializeResult[None]:
         partition = context.partition_key if context.has_partition_key else ""
         tags = {"dagster.run_id": context.run_id, "dagster.asset_key": "/".join(step.key)}
         fresh = context.run.tags[FRESH] if FRESH in context.run.tags and step.group == "judgement" else ""
         done = runner.run(step, partition, tags, fresh)
-        return dg.MaterializeResult(metadata=metadata(done, runner), data_version=dg.DataVersion(done.made.data_version))
+        return dg.MaterializeResult(
+            metadata=metadata(done, runner), data_version=dg.DataVersion(done.made.data_version)
+        )
 
     return made
 

@@ -36,7 +36,7 @@ def _vbench(recipe: Recipe) -> Step:
     return Step(
         key=(recipe.name, "vbench_report"),
         group="judgement",
-        description="VBench by its own package in its own environment; a dimension that cannot run is absent, with why.",
+        description="VBench by its own package in its own environment; what cannot run is absent, with the reason.",
         work=Entry("evaluation.judge", "vbench", recipe.compute.evaluate),
         purpose="eval",
         recipe=recipe,
@@ -65,11 +65,19 @@ def _preference(recipe: Recipe) -> Step:
 
 def _report(recipe: Recipe) -> Step:
     name = recipe.name
-    parts = ("loss_report", "reconstruction_report", "vbench_report", "preference_report", "samples", "latents", "prompts")
+    parts = (
+        "loss_report",
+        "reconstruction_report",
+        "vbench_report",
+        "preference_report",
+        "samples",
+        "latents",
+        "prompts",
+    )
     return Step(
         key=(name, "report"),
         group="judgement",
-        description="Every metric of the last checkpoint under one protocol; reports of unequal protocols never compare.",
+        description="Every metric of the last checkpoint under one protocol; unequal protocols never compare.",
         work=Function(write_report),
         purpose="eval",
         recipe=recipe,

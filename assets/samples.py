@@ -27,7 +27,7 @@ def sample_steps(recipe: Recipe) -> list[Step]:
     samples = Step(
         key=(recipe.name, "samples"),
         group="judgement",
-        description=f"Videos for every prompt and seed, {recipe.sampling.steps} Euler steps, guidance as in the recipe.",
+        description=f"Videos for every prompt and seed, {recipe.sampling.steps} Euler steps, guided as in the recipe.",
         work=Entry("ml.sample", "samples", recipe.compute.sample),
         purpose="eval",
         recipe=recipe,

@@ -150,7 +150,9 @@ class Walk:
 
         A partitioned input of an unpartitioned step is read over all shards of the recipe's corpora.
         """
-        return {name: [m for key in keys for m in self._input(step, key, partition)] for name, keys in step.inputs.items()}
+        return {
+            name: [m for key in keys for m in self._input(step, key, partition)] for name, keys in step.inputs.items()
+        }
 
     def _input(self, step: Step, key: tuple[str, str], partition: str) -> list[Made]:
         upstream = self.step(key)

@@ -3,7 +3,8 @@
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from assets.steps import LOCAL, Entry, Function, Made, Step, StepError, Walk
 from infra.compute.attempt import Attempts
 from infra.compute.task import Launcher, Resources, Task
 from infra.ledger import Purpose, bill
-from infra.runs import Bill, Status, Tag
 from infra.prices import price
+from infra.runs import Bill, Status, Tag
 from infra.settings import Settings
 from infra.tracking import RunLog, Tracker
 from ml.entry import Call
@@ -51,7 +52,7 @@ class Runner:
     launcher: Launcher
     tracker: Tracker
     settings: Settings
-    watch: Watch = Watch()
+    watch: Watch = field(default_factory=Watch)
 
     def run(
         self,
@@ -121,7 +122,8 @@ class Runner:
             return "", 0.0
         self.tracker.check()
         path = step.path(partition)
-        about = {Tag.STEP: path, Tag.STEP_KEY: call.out.name, Tag.PURPOSE: step.purpose}
+        self._close_lost(step, path, call.out.name)
+        about: dict[str, str] = {Tag.STEP: path, Tag.STEP_KEY: call.out.name, Tag.PURPOSE: step.purpose}
         run = self.tracker.open(self.experiment(step), path, {**self._tags(step, LOCAL), **about, **tags})
         started, status = time.time(), Status.FAILED
         log = RunLog(self.tracker.uri, run)
@@ -131,9 +133,19 @@ class Runner:
         finally:
             log.close()
             spent = bill(time.time() - started, LOCAL.devices, price(LOCAL.price))
-            failed = {Tag.PURPOSE: Purpose.FAILED, Tag.INTENDED_PURPOSE: step.purpose}
+            failed: dict[str, str] = {Tag.PURPOSE: Purpose.FAILED, Tag.INTENDED_PURPOSE: step.purpose}
             self.tracker.close(run, status, spent, failed if status == Status.FAILED else {})
         return run, spent[Bill.COST_USD]
+
+    def _close_lost(self, step: Step, path: str, key: str) -> None:
+        """Close the runs of in-process attempts that were killed, billed to their last heartbeat."""
+        found = self.tracker.runs(self.experiment(step), f"tags.{Tag.STEP_KEY} = '{key}'")
+        for run in (r for r in found if r.status == Status.RUNNING and r.name == path):
+            seen = run.tags.get(Tag.HEARTBEAT)
+            seconds = (datetime.fromisoformat(seen) - run.started).total_seconds() if seen else 0.0
+            spent = bill(max(0.0, seconds), LOCAL.devices, price(LOCAL.price))
+            failed: dict[str, str] = {Tag.PURPOSE: Purpose.FAILED, Tag.INTENDED_PURPOSE: step.purpose}
+            self.tracker.close(run.run_id, Status.KILLED, spent, failed)
 
     def _task(
         self,
@@ -169,7 +181,7 @@ class Runner:
         return f"opensora/{step.recipe.id if step.recipe else 'corpus'}"
 
     def _tags(self, step: Step, compute: Compute) -> dict[str, str]:
-        recipe = {Tag.RECIPE: step.recipe.name, Tag.PROFILE: step.recipe.profile} if step.recipe else {}
+        recipe: dict[str, str] = {Tag.RECIPE: step.recipe.name, Tag.PROFILE: step.recipe.profile} if step.recipe else {}
         return {
             **recipe,
             Tag.ACCELERATORS: compute.accelerators,

@@ -1,4 +1,4 @@
-"""What every entry (`python -m ml.curate`, `ml.encode`, `ml.train`, `ml.sample`) has in common: its call and its result.
+"""What every entry (`python -m ml.curate`, `encode`, `train`, `sample`) has in common: its call and its result.
 
 A task reads step folders, writes one step folder, and writes `result.json` last: its presence means finished.
 """
@@ -44,7 +44,7 @@ class Call:
 
     def input(self, name: str) -> Path:
         """The one input folder of this name; raises CallError when there is none, or more than one."""
-        folders = self.inputs[name] if name in self.inputs else ()
+        folders = self.inputs.get(name, ())
         if len(folders) != 1:
             raise CallError(f"{self.op} needs exactly one --input {name}=FOLDER, got {len(folders)}")
         return folders[0]
@@ -65,7 +65,7 @@ class Call:
         """Write `result.json`: numbers, facts, pictures, and the digest of the files that are the step's data."""
         files = sorted(data) if data is not None else _files(self.out, skip=pictures)
         seconds = round(time.monotonic() - self.started, 3)
-        result = {
+        result: dict[str, Any] = {
             "op": self.op,
             "metrics": {**metrics, "seconds": seconds},
             "facts": dict(facts or {}),

@@ -1,4 +1,4 @@
-"""Manifests: the tables about videos, shots and clips, with one schema each. What we have, as `recipe.py` is what we want.
+"""Manifests: the tables about videos, shots and clips, one schema each. What we have, as `recipe.py` is what we want.
 
 Every table is one parquet file. Paths in tables are POSIX paths relative to the workspace root unless a column says
 otherwise; ids are stable over re-runs because they are digests of content and span.
@@ -71,7 +71,7 @@ class Table:
         return path
 
     def read(self, *folders: Path) -> pd.DataFrame:
-        """Rows of this table in the given step folders, in order; raises ManifestError for a folder without the file."""
+        """Rows of this table in the given step folders, in order; raises ManifestError for one without the file."""
         frames = []
         for folder in folders:
             path = folder / self.filename

@@ -56,16 +56,23 @@ class Recipe(s.Section):
         """Pixels and frames per token."""
         return Strides(self.autoencoder.temporal_stride, self.autoencoder.spatial_stride, self.model.patch)
 
+    @property
+    def phases(self) -> tuple[s.AutoencoderStage | s.Stage, ...]:
+        """Every training stage, the autoencoder's first."""
+        return (*self.autoencoder.stages, *self.stages)
+
     def stage(self, name: str) -> s.Stage:
         """The transformer stage of this name; raises RecipeError with the nearest name."""
-        return _named(self.stages, name, "stages")
+        found: s.Stage = _named(self.stages, name, "stages")
+        return found
 
     def autoencoder_stage(self, name: str) -> s.AutoencoderStage:
         """The autoencoder stage of this name; raises RecipeError with the nearest name."""
-        return _named(self.autoencoder.stages, name, "autoencoder.stages")
+        found: s.AutoencoderStage = _named(self.autoencoder.stages, name, "autoencoder.stages")
+        return found
 
     def digest(self, *paths: str) -> str:
-        """Digest of the named sections (`curation.keep`, `stages.stage1`, ...), 16 hex digits; the asset code version."""
+        """Digest of the named sections (`curation.keep`, `stages.stage1`, ...) in 16 hex digits."""
         chosen = {path: to_jsonable_python(self._section(path)) for path in paths}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -119,7 +126,9 @@ class Recipe(s.Section):
         return self
 
     def _shape_problems(self) -> list[str]:
-        shapes = [(f"stages.{stage.name}", r, f) for stage in self.stages for r, cells in stage.buckets.items() for f in cells]
+        shapes = [
+            (f"stages.{stage.name}", r, f) for stage in self.stages for r, cells in stage.buckets.items() for f in cells
+        ]
         shapes += [(f"autoencoder.stages.{a.name}", a.resolution, a.frames) for a in self.autoencoder.stages]
         shapes.append(("sampling", self.sampling.resolution, self.sampling.frames))
         return [p for where, resolution, frames in shapes for p in self._shape_problem(where, resolution, frames)]
@@ -137,16 +146,18 @@ class Recipe(s.Section):
         if not strides.encodes(frames):
             low = max(0, frames - 1) // strides.temporal * strides.temporal + 1
             hint = f"use {low} or {low + strides.temporal}"
-            problems.append(f"{where}: {frames} frames cannot be encoded at {strides.temporal} frames per latent; {hint}")
+            problems.append(
+                f"{where}: {frames} frames cannot be encoded at {strides.temporal} frames per latent; {hint}"
+            )
         return problems
 
     def _name_problems(self) -> list[str]:
         problems = []
         tiers = [tier.name for tier in self.dataset.tiers]
-        for stage in (*self.stages, *self.autoencoder.stages):
+        for stage in self.phases:
             if stage.tier not in tiers:
                 problems.append(f"stage {stage.name}: no dataset tier {stage.tier!r}{_nearest(stage.tier, tiers)}")
-        names = [stage.name for stage in (*self.autoencoder.stages, *self.stages)]
+        names = [stage.name for stage in self.phases]
         problems += [f"stage name {n!r} is used twice" for n in sorted({n for n in names if names.count(n) > 1})]
         scores = [*self.curation.scores, "duration_seconds"]
         thresholds = [self.curation.keep.thresholds, *(tier.thresholds for tier in self.dataset.tiers)]
@@ -163,7 +174,9 @@ class Recipe(s.Section):
         if model.width % model.heads:
             problems.append(f"model: width {model.width} is not divisible by {model.heads} heads")
         elif sum(model.rope_axes) != model.width // model.heads:
-            problems.append(f"model: rope_axes sum to {sum(model.rope_axes)}, head size is {model.width // model.heads}")
+            problems.append(
+                f"model: rope_axes sum to {sum(model.rope_axes)}, head size is {model.width // model.heads}"
+            )
         problems += [
             f"evaluation.gate: unknown metric {rule.metric!r}; a VBench dimension needs evaluation.vbench_dimensions"
             for rule in self.evaluation.gate

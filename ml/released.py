@@ -17,7 +17,7 @@ def import_autoencoder(call: Call) -> None:
     path = call.workspace / str(section.weights_uri)
     if not path.is_file():
         raise CallError(
-            f"autoencoder.weights_uri names {section.weights_uri}, which is not in the workspace {call.workspace}: place "
+            f"autoencoder.weights_uri names {section.weights_uri}, which is not in {call.workspace}: place "
             "the released file there, or give the recipe autoencoder.stages to train its own"
         )
     autoencoder = load_released(section, path)

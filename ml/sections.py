@@ -112,7 +112,7 @@ class Dataset(Section):
 
 
 class Text(Section):
-    """Text encoder: `t5_clip` is T5 v1.1 XXL plus CLIP-L pooled (2.0); `minilm` is all-MiniLM-L6-v2 from its package."""
+    """Text encoder: `t5_clip` is T5 v1.1 XXL plus CLIP-L pooled (2.0); `minilm` is the packaged all-MiniLM-L6-v2."""
 
     kind: Literal["t5_clip", "minilm"]
     max_tokens: Positive
@@ -155,7 +155,7 @@ class AutoencoderStage(Section):
 
 
 class Autoencoder(Section):
-    """Causal video autoencoder of the HunyuanVideo kind; `scale` multiplies latents, measured after training if None."""
+    """Causal video autoencoder of the HunyuanVideo kind; `scale` multiplies latents, measured if None."""
 
     kind: Literal["hunyuan"]
     channels: Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)]
@@ -199,7 +199,7 @@ class Shift(Section):
 
 
 class RectifiedFlow(Section):
-    """Flow matching of 2.0: x_t = (1-t) x0 + (1-(1-sigma)(1-t)) x1, logit-normal t, shifted; text dropped per encoder."""
+    """Flow matching of 2.0: x_t = (1-t) x0 + (1-(1-sigma)(1-t)) x1, logit-normal t, shifted; text dropout."""
 
     kind: Literal["rectified_flow"]
     sigma_min: Annotated[float, Field(ge=0, lt=1)]

@@ -93,7 +93,7 @@ def sizes_of(resolution: str, multiple: int) -> dict[str, Size]:
     if not resolution.endswith("px"):
         height, width = (int(part) for part in resolution.split("x"))
         return {f"{width}:{height}": Size(height, width)}
-    sizes = {}
+    sizes: dict[str, Size] = {}
     for name, ratio in ASPECT_RATIOS.items():
         width = int(math.sqrt(area * ratio) / multiple) * multiple
         height = int(area / width / multiple) * multiple if width else 0

@@ -9,14 +9,16 @@ import dagster as dg
 
 from assets.factory import FRESH, SHARDS
 from assets.steps import Walk
+from assets.tasks import Runner
+from infra.compute.attempt import Attempts
 from ml.recipe import Recipe
 
 if TYPE_CHECKING:
-    from orchestration.jobs import AssetJob
+    from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition as AssetJob
 
 
 def re_evaluation(recipe: Recipe, job: "AssetJob") -> dg.ScheduleDefinition:
-    """Samples and reports again on the recipe's schedule, even though nothing changed: the stack under them may have."""
+    """Samples and reports again on the recipe's schedule, though nothing changed: the stack under them may have."""
 
     @dg.schedule(
         name=f"re_evaluation_{recipe.name}",
@@ -30,6 +32,24 @@ def re_evaluation(recipe: Recipe, job: "AssetJob") -> dg.ScheduleDefinition:
         return dg.RunRequest(run_key=when, tags={FRESH: when})
 
     return again
+
+
+def settlement(runner: Runner) -> dg.SensorDefinition:
+    """Close and bill the runs of tasks whose orchestrator never came back; it spends nothing, so it starts running."""
+
+    @dg.sensor(
+        name="settle_runs",
+        minimum_interval_seconds=300,
+        description="Closes, with their cost, MLflow runs whose task ended while nobody was waiting for it.",
+        default_status=dg.DefaultSensorStatus.RUNNING,
+    )
+    def settle(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        closed = Attempts(runner.launcher, runner.tracker).settle()
+        return dg.SkipReason(
+            f"closed {len(closed)} runs: {', '.join(closed)}" if closed else "every ended task is billed"
+        )
+
+    return settle
 
 
 def new_shards(recipe: Recipe, walk: Walk, job: "AssetJob") -> dg.SensorDefinition:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from assets.costs import plan_beside_bill, recipe_rows, totals
+from assets.tasks import Watch
 from infra.compute.task import ComputeError
 from infra.settings import Settings
 from infra.tracking import TrackingError
@@ -28,7 +31,7 @@ app.add_typer(corpus, name="corpus")
 app.add_typer(dataset, name="dataset")
 
 Name = Annotated[str, typer.Argument(help="Recipe name, as `opensora recipes` lists it.", metavar="RECIPE")]
-Profile = Annotated[str, typer.Option(help="Profile of the recipe: `tiny` trains on a laptop, `paper` is as published.")]
+Profile = Annotated[str, typer.Option(help="Profile of the recipe: `tiny` fits a laptop, `paper` is as published.")]
 
 
 @app.command()
@@ -46,7 +49,9 @@ def check(name: Name, profile: Profile = "tiny") -> None:
         show.console.print(header(find(name, user_folders())), highlight=False, markup=False)
         for warning in plan_of(recipe).warnings:
             show.console.print(f"[yellow]warning[/yellow] {warning}", highlight=False)
-        show.console.print(f"[green]ok[/green] {recipe.id}: {len(recipe.stages)} stages, budget ${recipe.budget_usd:,.2f}")
+        show.console.print(
+            f"[green]ok[/green] {recipe.id}: {len(recipe.stages)} stages, budget ${recipe.budget_usd:,.2f}"
+        )
 
 
 @app.command()
@@ -97,24 +102,26 @@ def run(
 def status(name: Name, profile: Profile = "tiny") -> None:
     """Say what is missing, stale or up to date, without making anything."""
     with problems():
-        show.console.print(show.status_table(Session.open(name, profile, show.Watch()).walk))
+        show.console.print(show.status_table(Session.open(name, profile, Watch()).walk))
 
 
 @app.command()
 def costs(name: Name, profile: Profile = "tiny") -> None:
     """Show plan beside bill per step, failed attempts included, headline beside all-in."""
     with problems():
-        show.console.print(_bill(Session.open(name, profile, show.Watch())))
+        show.console.print(_bill(Session.open(name, profile, Watch())))
 
 
 @app.command()
 def report(name: Name, profile: Profile = "tiny") -> None:
     """Print the last report of a recipe: every metric under its protocol, and what is absent and why."""
     with problems():
-        session = Session.open(name, profile, show.Watch())
+        session = Session.open(name, profile, Watch())
         made = show.facts_of(session.walk, (name, "report"))
         if made is None:
-            raise RecipeError(f"{name} has no report yet: opensora demo --recipe {name} --profile {session.recipe.profile}")
+            raise RecipeError(
+                f"{name} has no report yet: opensora demo --recipe {name} --profile {session.recipe.profile}"
+            )
         show.console.print((made.folder / "report.md").read_text(encoding="utf-8"), markup=False, highlight=False)
 
 
@@ -133,7 +140,7 @@ def vote(name: Name, profile: Profile = "tiny") -> None:
     from evaluation.apps.arena import serve
 
     with problems():
-        session = Session.open(name, profile, show.Watch())
+        session = Session.open(name, profile, Watch())
         serve(session.settings, session.recipe.id, show.facts_of(session.walk, (name, "samples")))
 
 
@@ -151,7 +158,7 @@ def corpus_add(
     licence: Annotated[str, typer.Option(help="SPDX identifier of the footage's licence.")],
     source: Annotated[str, typer.Option(help="Where the footage came from.")] = "",
 ) -> None:
-    """Add your own footage as a new shard of a corpus; nothing is copied, every file is probed when it is materialised."""
+    """Add your own footage as a new shard of a corpus; nothing is copied, files are probed when materialised."""
     from ml.curation.sources import add_corpus
 
     with problems():
@@ -199,7 +206,7 @@ def problems() -> Iterator[None]:
 
 
 def _stop(message: str, code: int) -> None:
-    show.console.print(f"[red]error[/red] {show.escape(message)}", highlight=False)
+    show.console.print(f"[red]error[/red] {escape(message)}", highlight=False)
     raise typer.Exit(code)
 
 
@@ -210,7 +217,7 @@ def _sample(settings: Settings) -> None:
     fetch_sample(settings.space)
 
 
-def _bill(session: Session) -> show.Table:
+def _bill(session: Session) -> Table:
     rows = recipe_rows(session.runner.tracker, session.recipe)
     table = plan_beside_bill(plan_of(session.recipe), rows)
     return show.bill_table(table, totals(rows, session.recipe))
@@ -219,8 +226,6 @@ def _bill(session: Session) -> show.Table:
 def _repo() -> DataRepo:
     settings = Settings()
     return DataRepo(settings.space.data_repo, settings.dvc_remote)
-
-
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from assets.checks import budget_check, table_check
 from assets.factory import to_asset
 from infra.settings import Settings
 from ml.recipe import Recipe
-from orchestration.automation import new_shards, re_evaluation
+from orchestration.automation import new_shards, re_evaluation, settlement
 from orchestration.jobs import recipe_jobs
 from orchestration.resources import load_recipes, runner_of
 
@@ -28,7 +28,10 @@ def build_definitions(recipes: Iterable[Recipe], settings: Settings) -> dg.Defin
         ],
         jobs=list(by_name.values()),
         schedules=[re_evaluation(recipe, by_name[f"judge_{recipe.name}"]) for recipe in chosen],
-        sensors=[new_shards(recipe, runner.walk, by_name[f"curate_{recipe.name}"]) for recipe in chosen],
+        sensors=[
+            settlement(runner),
+            *(new_shards(recipe, runner.walk, by_name[f"curate_{recipe.name}"]) for recipe in chosen),
+        ],
         resources={"runner": runner},
         executor=dg.multiprocess_executor.configured({"max_concurrent": 2}),
     )

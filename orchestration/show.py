@@ -74,7 +74,14 @@ def plan_table(planned: Plan, recipe: Recipe) -> Table:
         )
     table.add_section()
     table.add_row(
-        "all stages", "", "", "", "", f"{planned.gpu_hours:,.4g}", f"{planned.gpu_hours / 24:,.4g}", f"{planned.usd:,.4g}"
+        "all stages",
+        "",
+        "",
+        "",
+        "",
+        f"{planned.gpu_hours:,.4g}",
+        f"{planned.gpu_hours / 24:,.4g}",
+        f"{planned.usd:,.4g}",
     )
     return table
 
@@ -115,7 +122,9 @@ def status_table(walk: Walk) -> Table:
         for partition in walk.partitions(step) if step.partitioned else [""]:
             state, current = walk.state(step, partition), walk.current(step, partition)
             colour = colours[state]
-            table.add_row("/".join(step.key), partition, f"[{colour}]{state}[/{colour}]", current.key if current else "")
+            table.add_row(
+                "/".join(step.key), partition, f"[{colour}]{state}[/{colour}]", current.key if current else ""
+            )
     return table
 
 
@@ -159,7 +168,9 @@ def loss_table(path: Path) -> Table:
 def metric_table(path: Path) -> Table:
     """Every metric of a report, and how many are absent."""
     report = json.loads(path.read_text(encoding="utf-8"))
-    table = Table(title=f"Report {report['id']}", caption=f"{len(report['absent'])} metrics absent, each with its reason")
+    table = Table(
+        title=f"Report {report['id']}", caption=f"{len(report['absent'])} metrics absent, each with its reason"
+    )
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in report["metrics"].items():
@@ -175,5 +186,3 @@ def recipe_table(recipes: dict[str, Path], describe: dict[str, str]) -> Table:
     for name in recipes:
         table.add_row(name, describe[name])
     return table
-
-

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class House:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path]) -> Iterator[House]:
+def house(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path]) -> House:
     """Footage added, curated and walked: what most tests below look at."""
     house = House(tmp_path_factory.mktemp("house"))
     footage = house.folder / "footage"
@@ -129,7 +129,7 @@ def house(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Pa
     house.say("corpus", "add", "footage", "--name", "sample", "--licence", "CC0-1.0")
     house.say("run", "micro", "--job", "curate")
     house.say("run", "micro", "--job", "walk")
-    yield house
+    return house
 
 
 def test_every_step_of_the_walk_is_there_and_up_to_date(house: House) -> None:
@@ -248,5 +248,3 @@ def task_processes(out: Path) -> list[int]:
     import psutil
 
     return [p.pid for p in psutil.process_iter(["cmdline"]) if str(out) in " ".join(p.info["cmdline"] or [])]
-
-

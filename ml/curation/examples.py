@@ -33,7 +33,7 @@ def build_examples(recipe: Recipe, curated: pd.DataFrame, captions: pd.DataFrame
     ]
     columns = [*(c.name for c in EXAMPLES.columns), "shot_id", "start_seconds"]
     examples = EXAMPLES.conform(kept[columns].sort_values("clip_id"))
-    for stage in (*recipe.autoencoder.stages, *recipe.stages):
+    for stage in recipe.phases:
         train = examples[(examples["split"] == "train") & in_tier(examples, stage.tier)]
         if train.empty:
             raise DatasetError(
@@ -51,7 +51,7 @@ def in_tier(examples: pd.DataFrame, tier: str) -> "pd.Series[bool]":
 
 
 def data_card(recipe: Recipe, examples: pd.DataFrame, curated: pd.DataFrame) -> str:
-    """Markdown that says what the dataset is made of, from which sources, under which licences, and what was dropped."""
+    """Markdown that says what the dataset is made of, under which licences, and what was dropped."""
     hours = float((examples["num_frames"] / examples["fps"]).sum()) / 3600
     dropped = curated[~curated["keep"]]["reason"].str.split(" ").str[0].value_counts()
     tiers = {t.name: int(in_tier(examples, t.name).sum()) for t in recipe.dataset.tiers}

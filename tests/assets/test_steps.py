@@ -119,7 +119,9 @@ def test_new_footage_is_a_new_shard_and_a_changed_list_is_stale(
     walk = built(tiny_recipe)
     make_all(walk)
     shots = walk.step(("v2_0", "shots"))
-    workspace.shard_list("sample", "second").write_text("path,source,licence,text\nb.mp4,t,CC0-1.0,\n", encoding="utf-8")
+    workspace.shard_list("sample", "second").write_text(
+        "path,source,licence,text\nb.mp4,t,CC0-1.0,\n", encoding="utf-8"
+    )
     assert walk.partitions(shots) == ["sample.film", "sample.second"]
     assert walk.state(shots, "sample.film") == "up to date"
     assert walk.state(shots, "sample.second") == "missing"

@@ -17,7 +17,9 @@ def arguments(tmp_path: Path, *more: str) -> list[str]:
 
 
 def test_inputs_and_options_are_read_by_name(tmp_path: Path) -> None:
-    call = parse(arguments(tmp_path, "--input", "a=x", "--input", "b=y", "--input", "b=z", "--option", "stage=s"), ["clips"], "")
+    call = parse(
+        arguments(tmp_path, "--input", "a=x", "--input", "b=y", "--input", "b=z", "--option", "stage=s"), ["clips"], ""
+    )
     assert call.input("a") == Path("x")
     assert call.inputs["b"] == (Path("y"), Path("z"))
     assert call.option("stage") == "s"

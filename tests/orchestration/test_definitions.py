@@ -22,7 +22,17 @@ def test_the_walk_is_one_chain_from_footage_to_bill(definitions: dg.Definitions)
     above = graph.get_ancestor_asset_keys(dg.AssetKey(["v2_0", "cost_report"]), include_self=True)
     names = {key.path[-1] for key in above}
     stages = {"dit_stage1", "dit_stage2", "dit_stage3", "vae_stage1"}
-    assert {"sample", "shots", "clips", "scores", "curated", "captions", "dataset_version", "latents", "samples"} <= names
+    assert {
+        "sample",
+        "shots",
+        "clips",
+        "scores",
+        "curated",
+        "captions",
+        "dataset_version",
+        "latents",
+        "samples",
+    } <= names
     assert stages | {"loss_report", "vbench_report", "preference_report", "reconstruction_report", "release"} <= names
 
 
@@ -71,7 +81,7 @@ def test_the_re_evaluation_asks_for_fresh_samples(definitions: dg.Definitions) -
 
 def test_new_footage_becomes_a_partition_and_a_run(definitions: dg.Definitions, workspace: Workspace) -> None:
     repository = definitions.get_repository_def()
-    sensor = repository.sensor_defs[0]
+    sensor = repository.get_sensor_def("new_shards_v2_0")
     with dg.DagsterInstance.ephemeral() as instance:
         context = dg.build_sensor_context(instance=instance, repository_def=repository)
         nothing = sensor(context)
