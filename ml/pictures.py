@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 Frames = NDArray[np.uint8]
-GAP_PX, LABEL_PX, FONT_PX = 6, 18, 13
+GAP_PX, GROUP_GAP_PX, LABEL_PX, FONT_PX = 6, 12, 18, 13
 BACKGROUND, INK = (250, 250, 250), (30, 30, 30)
 
 
@@ -25,10 +25,10 @@ class Strip:
 def sheet(strips: Sequence[Strip], path: Path, height_px: int = 96, title: str = "") -> Path:
     """Rows of frames under their labels, every frame scaled to one height; written as a PNG, the path returned."""
     font = ImageFont.load_default(FONT_PX)
-    rows = [[_scaled(frame, height_px) for frame in group] for strip in strips for group in [_joined(strip.groups)]]
-    width = max(sum(image.width + GAP_PX for image in row) for row in rows) + GAP_PX
+    rows = [[_row(group, height_px) for group in strip.groups] for strip in strips]
+    width = GAP_PX + max(sum(image.width + GROUP_GAP_PX for image in row) for row in rows)
     labels = [textwrap.wrap(strip.label, max(20, width * 2 // FONT_PX)) or [""] for strip in strips]
-    top = LABEL_PX + GAP_PX if title else GAP_PX
+    top = LABEL_PX + 2 * GAP_PX if title else GAP_PX
     height = top + sum(LABEL_PX * len(lines) + height_px + 2 * GAP_PX for lines in labels)
     canvas = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -40,7 +40,7 @@ def sheet(strips: Sequence[Strip], path: Path, height_px: int = 96, title: str =
         left = GAP_PX
         for image in row:
             canvas.paste(image, (left, top))
-            left += image.width + GAP_PX
+            left += image.width + GROUP_GAP_PX
         top += height_px + 2 * GAP_PX
     canvas.save(path)
     return path
@@ -71,10 +71,11 @@ def curves(lines: Mapping[str, Sequence[float]], at: Sequence[float], labels: tu
     return path
 
 
-def _joined(groups: Sequence[Frames]) -> list[Frames]:
-    return [frame for group in groups for frame in group]
-
-
-def _scaled(frame: Frames, height_px: int) -> Image.Image:
-    image = Image.fromarray(frame)
-    return image.resize((round(image.width * height_px / image.height), height_px), Image.Resampling.LANCZOS)
+def _row(frames: Frames, height_px: int) -> Image.Image:
+    """The frames of a group side by side, close together."""
+    width = round(frames.shape[2] * height_px / frames.shape[1])
+    canvas = Image.new("RGB", (len(frames) * (width + 1) - 1, height_px), BACKGROUND)
+    for index, frame in enumerate(frames):
+        scaled = Image.fromarray(frame).resize((width, height_px), Image.Resampling.LANCZOS)
+        canvas.paste(scaled, (index * (width + 1), 0))
+    return canvas

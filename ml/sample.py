@@ -29,7 +29,7 @@ from ml.models.lpips import load_lpips
 from ml.models.text import build_text_encoder
 from ml.pictures import Strip, curves, sheet, spread
 from ml.recipe import Recipe
-from ml.shapes import Size, sizes_of
+from ml.shapes import ASPECT_RATIOS, Size, nearest_size, sizes_of
 from ml.training.held_out import Grid, HeldOut, chosen_clips, even_times, held_out_loss
 from ml.training.networks import open_autoencoder, open_transformer
 
@@ -139,13 +139,17 @@ def read_prompts(call: Call) -> list[str]:
 
 
 def sample_size(recipe: Recipe) -> Size:
-    """The size that the recipe's sampling section asks for; raises CallError for an aspect that it does not have."""
-    sizes = sizes_of(recipe.sampling.resolution, recipe.strides.pixels)
-    if recipe.sampling.aspect not in sizes:
-        raise CallError(
-            f"{recipe.sampling.resolution} has no aspect {recipe.sampling.aspect}; it has {', '.join(sizes)}"
-        )
-    return sizes[recipe.sampling.aspect]
+    """The size of the sampling section's resolution that is nearest to its aspect; raises CallError for an unknown one.
+
+    Small resolutions have few sizes: 96px has 64x128 for 16:9.
+    """
+    aspect, sizes = recipe.sampling.aspect, sizes_of(recipe.sampling.resolution, recipe.strides.pixels)
+    if aspect in sizes:
+        return sizes[aspect]
+    if aspect not in ASPECT_RATIOS:
+        raise CallError(f"sampling.aspect {aspect!r} is unknown; known: {', '.join(ASPECT_RATIOS)}")
+    shape = Size(height=1000, width=round(1000 * ASPECT_RATIOS[aspect]))
+    return nearest_size(recipe.sampling.resolution, recipe.strides.pixels, shape)
 
 
 def _frames_of(path: Path, size: Size) -> Frames:

@@ -81,8 +81,8 @@ def train_autoencoder(call: Call) -> None:
     with BatchStream(sampler, clips.load) as stream:
         trainer = Trainer(engine, objective, stream, plan, call.log)
         trainer.fit()
-    if recipe.autoencoder.scale is None:
-        network.scale = measured_scale(network.eval(), (clips.load(batch) for batch in sampler.first_epoch()))
+    videos = (clips.load(batch) for batch in sampler.first_epoch())
+    network.scale = recipe.autoencoder.scale or measured_scale(network.eval(), videos)
     save_autoencoder(call.out, network, Origin(recipe.id, stage.name))
     finish(call, trainer, {"scale": network.scale})
 

@@ -93,8 +93,8 @@ def plot_losses(frame: pd.DataFrame, title: str, path: Path) -> Path:
     margin = 0.05 * (spread[1] - spread[0]) + 1e-6
     top.set(title=title, ylabel="loss", ylim=(spread[0] - margin, spread[1] + 2 * margin))
     top.legend(frameon=False)
-    bottom.semilogy(steps, frame["grad_norm"].clip(lower=1e-8), color="tab:orange", linewidth=1)
-    bottom.set(xlabel="step", ylabel="gradient norm")
+    bottom.plot(steps, frame["grad_norm"], color="tab:orange", linewidth=1)
+    bottom.set(xlabel="step", ylabel="gradient norm", ylim=(0, None))
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

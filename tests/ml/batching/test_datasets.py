@@ -1,0 +1,96 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ml.batching.buckets import Bucketing
+from ml.batching.datasets import (
+    AutoencoderClips,
+    ClipDataset,
+    DatasetError,
+    LatentDataset,
+    batch_sizes,
+    to_frames,
+    to_video,
+)
+from ml.batching.sampler import Batch, Position
+from ml.manifest import ManifestError
+from ml.recipe import Recipe
+from ml.shapes import Size
+
+RULE = Bucketing(16, 12.0, 0)
+
+
+def test_latents_are_grouped_by_shape_and_split(latents: Path, mini: Recipe) -> None:
+    data = LatentDataset(latents)
+    groups = data.groups("train", "stage1")
+    assert {(cell.frames, len(keys)) for cell, keys in groups.items()} == {(1, 7), (5, 7)}
+    assert {cell.frames: size for cell, size in batch_sizes(groups, mini.stage("stage1")).items()} == {1: 3, 5: 2}
+    held_out = [key for keys in data.groups("holdout").values() for key in keys]
+    assert {key.split("/")[0] for key in held_out} == {"clip2", "clip5", "clip9"}
+
+
+def test_a_batch_of_latents_brings_its_captions_and_last_frames(latents: Path, mini: Recipe) -> None:
+    data = LatentDataset(latents)
+    video = data.load(["clip1/48x80/5", "clip0/48x80/5"])
+    assert video.latents.shape == (2, mini.autoencoder.latent_channels, 2, 6, 10)
+    assert video.tails is not None
+    assert video.tails.shape == (2, mini.autoencoder.latent_channels, 1, 6, 10)
+    assert torch.equal(video.text.pooled[1], data.text(["clip0"]).pooled[0])
+    assert video.text.context.shape == (2, mini.text.max_tokens, mini.text.context_dim)
+    assert data.load(["clip1/48x80/1"]).tails is None
+    assert data.null.context.shape == (mini.text.max_tokens, mini.text.context_dim)
+
+
+def test_latents_of_another_stage_or_an_unfinished_folder_are_refused(latents: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no train latents for stage9"):
+        LatentDataset(latents).groups("train", "stage9")
+    with pytest.raises(ManifestError, match="has not finished"):
+        LatentDataset(tmp_path)
+
+
+def test_clips_are_read_at_the_training_rate_and_shape(footage: Any) -> None:
+    slow = ClipDataset(footage.dataset, footage.workspace, Bucketing(16, 6.0, 0))
+    clip_id = slow.of("train")[0].footage.clip_id
+    every_second = slow.read(clip_id, Size(48, 80), 4)
+    all_frames = ClipDataset(footage.dataset, footage.workspace, RULE).read(clip_id, Size(48, 80), 7)
+    assert np.array_equal(every_second, all_frames[::2])
+    assert slow.still(clip_id, Size(48, 80)).shape == (1, 48, 80, 3)
+
+
+def test_splits_and_tiers_choose_clips(footage: Any) -> None:
+    data = ClipDataset(footage.dataset, footage.workspace, RULE)
+    assert (len(data.of("train")), len(data.of("holdout")), len(data.of("train", "high"))) == (6, 2, 3)
+    with pytest.raises(DatasetError, match="no train clip in tier rare"):
+        data.of("train", "rare")
+
+
+def test_autoencoder_batches_mix_images_in_by_their_share(footage: Any, mini: Recipe) -> None:
+    stage = mini.autoencoder_stage("vae_stage1").model_copy(update={"image_fraction": 0.3})
+    clips = AutoencoderClips(ClipDataset(footage.dataset, footage.workspace, RULE), stage, seed=5)
+    ((cell, ids),) = clips.groups().items()
+    assert (cell.size, cell.frames, len(ids)) == (Size(48, 80), 5, 6)
+    batches = [Batch(cell, tuple(ids[:2]), Position(0, index)) for index in range(200)]
+    videos = [clips.load(batch) for batch in batches]
+    assert {video.shape for video in videos} == {(2, 3, 1, 48, 80), (2, 3, 5, 48, 80)}
+    # Binomial: 0.3 +- 0.032 at 200 draws.
+    assert 0.2 < sum(video.shape[2] == 1 for video in videos) / len(videos) < 0.4
+    assert torch.equal(clips.load(batches[7]), videos[7])
+    assert -1 <= min(float(v.min()) for v in videos) < max(float(v.max()) for v in videos) <= 1
+
+
+def test_an_autoencoder_stage_without_long_enough_clips_is_refused(footage: Any, mini: Recipe) -> None:
+    stage = mini.autoencoder_stage("vae_stage1").model_copy(update={"frames": 33})
+    clips = AutoencoderClips(ClipDataset(footage.dataset, footage.workspace, RULE), stage, seed=0)
+    with pytest.raises(DatasetError, match="no train clip has 33 frames"):
+        clips.groups()
+
+
+def test_frames_survive_the_way_to_a_tensor_and_back() -> None:
+    clip = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
+    video = to_video([clip, clip])
+    assert video.shape == (2, 3, 3, 4, 6)
+    assert all(np.array_equal(back, clip) for back in to_frames(video))
+    assert to_frames(torch.full((1, 3, 1, 2, 2), 1.7))[0].max() == 255

@@ -1,0 +1,151 @@
+"""A recipe small enough to train in seconds, a dataset of real clip files, and latents in the format of `ml.encode`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from infra.tracking import RunLog
+from ml.entry import Call
+from ml.manifest import EXAMPLES, LATENTS, stable_id
+from ml.recipe import Recipe
+
+ADAM = {"lr": 2e-3, "eps": 1e-8, "betas": (0.9, 0.99), "weight_decay": 0.0, "warmup_steps": 2}
+MINI: dict[str, Any] = {
+    "text": {"kind": "minilm", "max_tokens": 4, "context_dim": 8, "pooled_dim": 8},
+    "autoencoder": {"channels": (4, 8, 8, 8), "norm_groups": 2, "latent_channels": 4},
+    "model": {"width": 32, "heads": 2, "double_blocks": 1, "single_blocks": 1, "rope_axes": (4, 6, 6)},
+    "sampling": {"resolution": "48x80", "aspect": "80:48", "frames": 5, "steps": 3, "fps": 12},
+    "evaluation": {"num_prompts": 2, "seeds": (0, 1), "loss_timesteps": 2, "loss_clips": 3},
+}
+ONE_CORE = {"accelerators": "CPU:1", "nodes": 1, "price": "cpu-assume-2026"}
+STAGE = {"compute": ONE_CORE, "steps": 6, "checkpoint_every": 2, "optimizer": ADAM, "ema_decay": 0.9}
+
+
+def overlay(document: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on a nested mapping."""
+    mixed = {k: overlay(document[k], v) if isinstance(v, dict) and k in document else v for k, v in over.items()}
+    return {**document, **mixed}
+
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="session")
+def make_recipe(tiny_recipe: Recipe) -> MakeRecipe:
+    """Factory `make_recipe(stage={...}, autoencoder_stage={...}, **sections)` of recipes that train in seconds."""
+
+    def make(
+        stage: dict[str, Any] | None = None, autoencoder_stage: dict[str, Any] | None = None, **over: Any
+    ) -> Recipe:
+        document = overlay(overlay(tiny_recipe.model_dump(mode="json"), MINI), over)
+        buckets = {"48x80": {1: {"keep": 1.0, "batch": 3}, 5: {"keep": 1.0, "batch": 2}}}
+        document["stages"] = [{**s, **STAGE, "buckets": buckets, **(stage or {})} for s in document["stages"]]
+        document["compute"] = dict.fromkeys(document["compute"], ONE_CORE)
+        small = {
+            "compute": ONE_CORE,
+            "steps": 4,
+            "checkpoint_every": 2,
+            "batch": 2,
+            "resolution": "48x80",
+            "optimizer": ADAM,
+        }
+        stages = document["autoencoder"]["stages"]
+        document["autoencoder"]["stages"] = [{**s, **small, **(autoencoder_stage or {})} for s in stages]
+        return Recipe.validate_document(document, "mini")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mini(make_recipe: MakeRecipe) -> Recipe:
+    """The small recipe as it is."""
+    return make_recipe()
+
+
+@dataclass(frozen=True)
+class Footage:
+    """A workspace with a dataset folder in it."""
+
+    workspace: Path
+    dataset: Path
+
+
+@pytest.fixture(scope="session")
+def footage(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., Path]) -> Footage:
+    """Eight clips of 96x160 pixels, 12 frames per second, 8 to 11 frames; two are held out, half are of tier `high`."""
+    root = tmp_path_factory.mktemp("footage")
+    rows = []
+    for index in range(8):
+        path = make_video(root / "clips" / f"{index}.mp4", 8 + index % 4, (96, 160), fps=12, seed=index)
+        rows.append(
+            {
+                "clip_id": stable_id("clip", index),
+                "video_id": f"video{index}",
+                "path": path.relative_to(root).as_posix(),
+                "sha256": "0" * 64,
+                "caption": f"waves of colour number {index} drift slowly",
+                "split": "holdout" if index in (3, 6) else "train",
+                "tiers": "base high finest" if index % 2 else "base",
+                "width": 160,
+                "height": 96,
+                "fps": 12.0,
+                "num_frames": 8 + index % 4,
+                "licence": "CC0-1.0",
+            }
+        )
+    (root / "dataset").mkdir()
+    EXAMPLES.write(pd.DataFrame(rows), root / "dataset")
+    return Footage(root, root / "dataset")
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory, mini: Recipe) -> Path:
+    """Latents of ten clips (three held out) at 48x80, as images and as 5 frames, drawn from a seed; with their text."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("latents")
+    generator = torch.Generator().manual_seed(0)
+    channels, text = mini.autoencoder.latent_channels, mini.text
+    rows, tensors, texts = [], {}, {}
+    for index in range(10):
+        clip_id = f"clip{index}"
+        for frames in (1, 5):
+            key = f"{clip_id}/48x80/{frames}"
+            tensors[key] = torch.randn(channels, (frames - 1) // 4 + 1, 6, 10, generator=generator)
+            if frames > 1:
+                tensors[f"{key}/tail"] = torch.randn(channels, 1, 6, 10, generator=generator)
+            rows.append({"key": key, "clip_id": clip_id, "frames": frames})
+    for name in ("null", *(f"clip{index}" for index in range(10))):
+        texts[f"{name}/context"] = torch.randn(text.max_tokens, text.context_dim, generator=generator)
+        texts[f"{name}/pooled"] = torch.randn(text.pooled_dim, generator=generator)
+    save_file(tensors, folder / "latents-00000.safetensors")
+    save_file(texts, folder / "text.safetensors")
+    frame = pd.DataFrame(rows).assign(
+        split=lambda rows: ["holdout" if i in ("clip2", "clip5", "clip9") else "train" for i in rows["clip_id"]],
+        tiers="base",
+        resolution="48x80",
+        height=48,
+        width=80,
+        shard="latents-00000.safetensors",
+        stages="stage1 stage2 stage3",
+    )
+    LATENTS.write(frame, folder)
+    return folder
+
+
+@pytest.fixture
+def make_call(tmp_path: Path) -> Callable[..., Call]:
+    """Factory `make_call(op, recipe, out="out", inputs={...}, **options)` of calls that log nowhere."""
+
+    def make(op: str, recipe: Recipe, out: str = "out", inputs: dict[str, Any] | None = None, **options: str) -> Call:
+        folder = tmp_path / out
+        folder.mkdir(exist_ok=True)
+        given = {name: (found,) if isinstance(found, Path) else tuple(found) for name, found in (inputs or {}).items()}
+        return Call(op, recipe, tmp_path, folder, given, options, RunLog())
+
+    return make

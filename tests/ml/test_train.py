@@ -1,0 +1,191 @@
+"""The training entry, run as the processes that a launcher starts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ml.entry import Call
+from ml.models.weights import CheckpointMismatch, read_card
+from ml.recipe import Recipe
+from ml.train import PREEMPTED, main, train_autoencoder, train_stage
+from ml.training.curves import read_log
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def long(make_recipe: Callable[..., Recipe]) -> Recipe:
+    """Forty steps, a checkpoint every three: long enough to be killed in the middle."""
+    return make_recipe(stage={"steps": STEPS, "checkpoint_every": 3})
+
+
+@contextmanager
+def process(recipe: Recipe, latents: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """`python -m ml.train stage`, ended when the block is left."""
+    (out.parent / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    command = [sys.executable, "-m", "ml.train", "stage", "--recipe", str(out.parent / "recipe.yaml")]
+    command += ["--workspace", str(out.parent), "--out", str(out), "--input", f"latents={latents}"]
+    command += ["--option", "stage=stage1"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def wait_for(condition: Callable[[], bool], started: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        assert started.poll() is None, f"it ended with {started.returncode}: {started.stderr.read()}"
+        time.sleep(0.02)
+
+
+def finished(recipe: Recipe, latents: Path, out: Path) -> dict[str, Any]:
+    """Run to the end, and the result."""
+    with process(recipe, latents, out) as started:
+        assert started.wait(timeout=200) == 0, started.stderr.read()
+    return json.loads((out / "result.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing(long: Recipe, latents: Path, tmp_path: Path) -> None:
+    """Three processes import torch (slow): one trains to the end, one is killed between checkpoints, one resumes it."""
+    straight = finished(long, latents, tmp_path / "straight")
+    out = tmp_path / "killed"
+    with process(long, latents, out) as started:
+        wait_for((out / "checkpoints" / "step-00000009").is_dir, started)
+        os.kill(started.pid, signal.SIGKILL)
+        assert started.wait(timeout=20) == -signal.SIGKILL
+    assert not (out / "result.json").exists()
+    resumed = finished(long, latents, out)
+    assert (tmp_path / "straight" / "weights.safetensors").read_bytes() == (out / "weights.safetensors").read_bytes()
+    assert straight["data_version"] == resumed["data_version"]
+    logs = [read_log(folder / "loss.csv") for folder in (tmp_path / "straight", out)]
+    assert logs[0]["loss"].tolist() == logs[1]["loss"].tolist()
+    assert logs[1]["step"].tolist() == list(range(1, STEPS + 1))
+    last = [folder / "checkpoints" / f"step-{STEPS:08d}" for folder in (tmp_path / "straight", out)]
+    for name in ("master.safetensors", "ema.safetensors", "consumed.json"):
+        assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_preempted_process_saves_and_says_so(long: Recipe, latents: Path, tmp_path: Path) -> None:
+    """Starts a process of its own to be sent SIGTERM (slow import of torch)."""
+    out = tmp_path / "out"
+    with process(long, latents, out) as started:
+        wait_for(lambda: len(read_log(out / "loss.csv")) > 4, started)
+        started.terminate()
+        assert started.wait(timeout=60) == PREEMPTED
+        assert "preempted: asked to stop" in started.stderr.read()
+    rows = read_log(out / "loss.csv")
+    assert len(rows) < STEPS
+    assert (out / "checkpoints" / f"step-{len(rows):08d}").is_dir()
+    assert not (out / "result.json").exists()
+
+
+def test_a_stage_leaves_weights_a_card_a_picture_and_numbers(
+    make_call: Callable[..., Call], mini: Recipe, latents: Path
+) -> None:
+    call = make_call("stage", mini, inputs={"latents": latents}, stage="stage2")
+    train_stage(call)
+    result = json.loads((call.out / "result.json").read_text(encoding="utf-8"))
+    assert result["data"] == ["model.json", "weights.safetensors"]
+    assert result["pictures"] == ["loss.png"]
+    assert (call.out / "loss.png").stat().st_size > 5000
+    named = {"loss_first", "loss_last", "steps", "examples", "tokens", "examples_per_second", "tokens_per_second"}
+    assert named | {"num_parameters", "peak_memory_mb", "seconds"} <= set(result["metrics"])
+    assert result["metrics"]["steps"] == 6
+    assert result["facts"]["exported"] == "ema"
+    # Seven clips in batches of three images and two videos: one is left over in each bucket.
+    assert result["facts"]["tail_batches"] == {"48x80/48x80/1": 1, "48x80/48x80/5": 1}
+    card = read_card(call.out)
+    assert (card.kind, card.origin.recipe, card.origin.stage) == ("mmdit", mini.id, "stage2")
+    average = load_file(call.out / "checkpoints" / "step-00000006" / "ema.safetensors")
+    exported = load_file(call.out / "weights.safetensors")
+    assert all((average[name] == tensor).all() for name, tensor in exported.items())
+
+
+def test_a_stage_starts_from_the_weights_of_the_one_before(
+    make_call: Callable[..., Call], make_recipe: Callable[..., Recipe], latents: Path
+) -> None:
+    """At a learning rate of (almost) nothing a stage gives back what it was given."""
+    adam = {"lr": 1e-12, "eps": 1e-8, "betas": (0.9, 0.99), "weight_decay": 0.0, "warmup_steps": 0}
+    first = make_call("stage", make_recipe(), out="one", inputs={"latents": latents}, stage="stage1")
+    train_stage(first)
+    inputs = {"latents": latents, "init": first.out}
+    second = make_call("stage", make_recipe(stage={"optimizer": adam}), out="two", inputs=inputs, stage="stage2")
+    train_stage(second)
+    before, after = (load_file(call.out / "weights.safetensors") for call in (first, second))
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-6
+    fresh = make_call(
+        "stage", make_recipe(stage={"optimizer": adam}), out="x", inputs={"latents": latents}, stage="stage2"
+    )
+    train_stage(fresh)
+    untrained = load_file(fresh.out / "weights.safetensors")
+    assert max(float((before[name] - untrained[name]).abs().max()) for name in before) > 1e-3
+
+
+def test_weights_and_checkpoints_of_another_recipe_are_refused(
+    make_call: Callable[..., Call], make_recipe: Callable[..., Recipe], latents: Path
+) -> None:
+    call = make_call("stage", make_recipe(), inputs={"latents": latents}, stage="stage1")
+    train_stage(call)
+    changed = make_recipe(stage={"steps": 8})
+    with pytest.raises(CheckpointMismatch, match="belongs to v2_0-tiny/stage1"):
+        train_stage(make_call("stage", changed, inputs={"latents": latents}, stage="stage1"))
+    other = make_recipe().model_copy(update={"name": "v1_2"})
+    inputs = {"latents": latents, "init": call.out}
+    with pytest.raises(CheckpointMismatch, match="v1_2"):
+        train_stage(make_call("stage", other, out="other", inputs=inputs, stage="stage2"))
+
+
+def test_bf16_trains_and_exports_fp32(
+    make_call: Callable[..., Call], make_recipe: Callable[..., Recipe], latents: Path
+) -> None:
+    engine = {"kind": "plain", "precision": "bf16", "grad_clip": 1.0, "accumulate": 2, "sequence_parallel": 1}
+    recipe = make_recipe(stage={"engine": {**engine, "checkpoint_blocks": (1, 1)}})
+    call = make_call("stage", recipe, inputs={"latents": latents}, stage="stage3")
+    train_stage(call)
+    assert {str(tensor.dtype) for tensor in load_file(call.out / "weights.safetensors").values()} == {"torch.float32"}
+    assert (read_log(call.out / "loss.csv")["examples"] > 1).all()
+
+
+def test_an_autoencoder_trains_measures_its_scale_and_goes_on(
+    make_call: Callable[..., Call], make_recipe: Callable[..., Recipe], footage: Any
+) -> None:
+    call = make_call("autoencoder", make_recipe(), inputs={"dataset": footage.dataset}, stage="vae_stage1")
+    call = Call(call.op, call.recipe, footage.workspace, call.out, call.inputs, call.options, call.log)
+    train_autoencoder(call)
+    card = read_card(call.out)
+    result = json.loads((call.out / "result.json").read_text(encoding="utf-8"))
+    assert card.scale == result["facts"]["scale"] > 0
+    assert (card.kind, card.origin.stage) == ("hunyuan", "vae_stage1")
+    assert result["metrics"]["steps"] == 4
+    fixed = make_recipe(autoencoder={"scale": 0.5})
+    inputs = {name: tuple(folders) for name, folders in call.inputs.items()} | {"init": (call.out,)}
+    second = Call(call.op, fixed, footage.workspace, call.out.parent / "two", inputs, call.options, call.log)
+    second.out.mkdir()
+    train_autoencoder(second)
+    assert read_card(second.out).scale == 0.5
+
+
+def test_the_command_line_reaches_both(mini: Recipe, latents: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(mini.dump(), encoding="utf-8")
+    arguments = ["stage", "--recipe", str(tmp_path / "recipe.yaml"), "--workspace", str(tmp_path)]
+    arguments += ["--out", str(tmp_path / "out"), "--input", f"latents={latents}", "--option", "stage=stage1"]
+    assert main(arguments) == 0
+    assert (tmp_path / "out" / "result.json").is_file()
+    with pytest.raises(SystemExit):
+        main(["destroy", *arguments[1:]])

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from ml.batching.datasets import LatentDataset
+from ml.recipe import Recipe
+from ml.training.held_out import Grid, chosen_clips, even_times, held_out_loss
+from ml.training.networks import new_transformer
+
+CPU = torch.device("cpu")
+
+
+def grid(latents: LatentDataset, number: int = 3, seed: int = 1) -> Grid:
+    return Grid(chosen_clips(latents.groups("holdout"), number, seed), even_times(4), seed, 1e-5)
+
+
+def test_times_are_the_middles_of_equal_parts() -> None:
+    assert even_times(4) == (0.125, 0.375, 0.625, 0.875)
+
+
+def test_clips_are_chosen_whole(latents: Path) -> None:
+    groups = LatentDataset(latents).groups("holdout")
+    keys = [key for found in chosen_clips(groups, 2, 0).values() for key in found]
+    assert len(keys) == 4
+    assert len({key.split("/")[0] for key in keys}) == 2
+    assert {key for found in chosen_clips(groups, 99, 0).values() for key in found} == {
+        k for v in groups.values() for k in v
+    }
+
+
+def test_the_untrained_network_has_the_loss_of_the_velocity(latents: Path, mini: Recipe) -> None:
+    """It says velocity 0 (zero last layer), and data and noise have variance 1 each."""
+    data = LatentDataset(latents)
+    found = held_out_loss(new_transformer(mini).eval(), data, grid(data), CPU)
+    assert found.mean == pytest.approx(2.0, rel=0.05)
+    assert found.by_timestep == pytest.approx([2.0] * 4, rel=0.1)
+    assert set(found.by_bucket) == {"48x80/48x80/1", "48x80/48x80/5"}
+    assert found.mean == pytest.approx(sum(found.by_timestep) / 4, rel=1e-6)
+
+
+def test_the_same_seed_measures_the_same(latents: Path, mini: Recipe) -> None:
+    data, network = LatentDataset(latents), new_transformer(mini).eval()
+    assert held_out_loss(network, data, grid(data), CPU) == held_out_loss(network, data, grid(data), CPU)
+    assert held_out_loss(network, data, grid(data), CPU) != held_out_loss(network, data, grid(data, seed=2), CPU)
