@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,18 @@ from ml.sections import Clips, Shots
 SETTINGS = Clips(min_seconds=1.0, max_seconds=2.0, fps=12, short_side_px=96, crf=20)
 SHOTS = Shots(detector="adaptive", threshold=3.0, min_seconds=0.5)
 LICENCES = ("CC0-1.0",)
+CUT = """
+import sys
+from pathlib import Path
+import pandas as pd
+from infra.workspace import Workspace
+from ml.curation import clips
+from ml.sections import Clips
+root, settings = Path(sys.argv[1]), Clips.model_validate_json(sys.argv[3])
+videos, shots = pd.read_parquet(root / "videos.parquet"), pd.read_parquet(root / "shots.parquet")
+for group in clips.plan_groups(videos, shots, settings, Workspace(root), root / sys.argv[2]):
+    print(*(row["sha256"] for row in clips.cut(group, settings, ("CC0-1.0",), Workspace(root))))
+"""
 
 
 def tables(space: Workspace, names: list[str], licence: str = "CC0-1.0") -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -113,6 +128,27 @@ def test_a_killed_attempt_is_resumed_and_finished_clips_are_not_written_again(tm
     again = cut_all(space, videos, found, tmp_path / "out")
     assert again.equals(first)
     assert kept.stat().st_mtime_ns == stamp
+
+
+def test_the_same_clip_gets_the_same_bytes_whatever_lay_in_memory_before(tmp_path, encode, texture):
+    """glibc fills freed memory with a byte of our choice: an encoder that reads what it never wrote shows itself."""
+    space = Workspace(tmp_path)
+    frames = [np.ascontiguousarray(texture(1)[100 + i : 340 + i, 2 * i : 426 + 2 * i]) for i in range(96)]
+    encode(tmp_path / "a.mp4", frames)
+    large = SETTINGS.model_copy(update={"short_side_px": 240})
+    videos, found = tables(space, ["a.mp4"])
+    videos.to_parquet(tmp_path / "videos.parquet")
+    found.to_parquet(tmp_path / "shots.parquet")
+    digests = set()
+    for fill in ("1", "85", "170"):
+        command = [sys.executable, "-c", CUT, str(tmp_path), fill, large.model_dump_json()]
+        root = Path(clips.__file__).parents[2]
+        done = subprocess.run(
+            command, cwd=root, env={**os.environ, "MALLOC_PERTURB_": fill}, capture_output=True, text=True, check=True
+        )
+        digests.add(done.stdout)
+    assert len(digests) == 1
+    assert len(digests.pop().split()) == 2
 
 
 def test_other_settings_give_other_ids(tmp_path, encode, scene):
