@@ -41,7 +41,7 @@ def _asset(step: Step) -> dg.AssetsDefinition:
     )
     def made(context: dg.AssetExecutionContext, runner: dg.ResourceParam[Runner]) -> dg.MaterializeResult[None]:
         partition = context.partition_key if context.has_partition_key else ""
-        tags = {"dagster.run_id": context.run_id, "dagster.asset_key": "/".join(step.key)}
+        tags = {"dagster.run_id": context.run.run_id, "dagster.asset_key": "/".join(step.key)}
         fresh = context.run.tags[FRESH] if FRESH in context.run.tags and step.group == "judgement" else ""
         done = runner.run(step, partition, tags, fresh)
         return dg.MaterializeResult(

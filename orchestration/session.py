@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 
 from assets.factory import SHARDS
-from assets.steps import Walk
+from assets.steps import StepError, Walk
 from assets.tasks import Runner, Watch
 from infra.settings import TELEMETRY_OFF, Settings
 from ml.recipe import Recipe, user_folders
@@ -52,6 +52,12 @@ class Session:
     def curate(self) -> None:
         """Materialise every shard of the recipe's corpora, up to its scores."""
         shards = self.walk.partitions(self.walk.step((self.recipe.name, "shots")))
+        if not shards:
+            corpora = ", ".join(self.recipe.corpus.names)
+            raise StepError(
+                f"no footage in corpus {corpora} of {self.walk.workspace.root}: `opensora corpus sample` fetches real "
+                "footage, `opensora corpus add FOLDER --name NAME --licence L` takes your own"
+            )
         self.instance.add_dynamic_partitions(str(SHARDS.name), shards)
         for shard in shards:
             self.execute("curate", shard)
@@ -60,10 +66,16 @@ class Session:
         """Run a job of the recipe in this process; raises whatever a step raised."""
         definitions = build_definitions([self.recipe], self.settings)
         chosen = definitions.resolve_job_def(f"{job}_{self.recipe.name}")
-        chosen.execute_in_process(
-            instance=self.instance,
-            partition_key=partition,
-            resources={"runner": self.runner},
-            asset_selection=[dg.AssetKey([self.recipe.name, name]) for name in selection] or None,
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-        )
+        try:
+            chosen.execute_in_process(
+                instance=self.instance,
+                partition_key=partition,
+                resources={"runner": self.runner},
+                asset_selection=[dg.AssetKey([self.recipe.name, name]) for name in selection] or None,
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+        except dg.DagsterError as error:
+            if type(error).__name__ != "DagsterAssetCheckFailedError":  # it has no public name
+                raise
+            pages = self.walk.workspace.site
+            raise StepError(f"{error}\nWhich rows fail which expectation is written in {pages}/*/*.html") from error

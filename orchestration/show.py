@@ -63,27 +63,23 @@ def plan_table(planned: Plan, recipe: Recipe) -> Table:
         table.add_row(
             stage.name,
             f"{stage.steps:,}",
-            f"{stage.tokens:,.0f}",
-            f"{stage.flops_per_device_step / 1e15:.3g}",
-            f"{stage.devices:,}",
-            f"{stage.gpu_hours:,.4g}",
-            f"{stage.gpu_hours / 24:,.4g}",
-            f"{stage.usd:,.4g}" if stage.usd < 1 else f"{stage.usd:,.0f}",
-            f"{published.gpu_days:,.0f}" if published else "-",
-            f"{published.usd:,.0f}" if published else "-",
+            figure(stage.tokens),
+            figure(stage.flops_per_device_step / 1e15),
+            figure(stage.devices),
+            *(figure(value) for value in (stage.gpu_hours, stage.gpu_hours / 24, stage.usd)),
+            figure(published.gpu_days) if published else "-",
+            figure(published.usd) if published else "-",
         )
     table.add_section()
-    table.add_row(
-        "all stages",
-        "",
-        "",
-        "",
-        "",
-        f"{planned.gpu_hours:,.4g}",
-        f"{planned.gpu_hours / 24:,.4g}",
-        f"{planned.usd:,.4g}",
-    )
+    totals = (figure(value) for value in (planned.gpu_hours, planned.gpu_hours / 24, planned.usd))
+    reported = figure(planned.published_usd) if planned.published_usd else "-"
+    table.add_row("all stages", "", "", "", "", *totals, "", reported)
     return table
+
+
+def figure(value: float) -> str:
+    """A number as one reads it: thousands separated, three digits when it is small."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def bill_table(table: pd.DataFrame, totals: dict[str, float]) -> Table:

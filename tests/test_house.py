@@ -50,6 +50,11 @@ DECLARED = (
 )
 TESTED_ELSEWHERE = {
     "ml/sections.py": "tests/ml/test_recipe.py: every validator runs when a recipe is loaded",
+    "assets/reports.py": "tests/evaluation/test_judge.py, and tests/assets/test_steps.py for what makes it stale",
+    "orchestration/resources.py": "tests/orchestration/test_definitions.py: the whole walk is built from it",
+    "orchestration/jobs.py": "tests/orchestration/test_definitions.py: names, selections, partitions",
+    "orchestration/automation.py": "tests/orchestration/test_definitions.py: schedule and sensors are evaluated",
+    "orchestration/session.py": "tests/test_walk.py and tests/orchestration/test_cli.py: every verb opens one",
     **{f"assets/{name}.py": "tests/assets/test_steps.py: what each step reads and makes stale" for name in DECLARED},
 }
 # Tests of more than one module.
