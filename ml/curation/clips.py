@@ -29,10 +29,6 @@ ENCODER = {"preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
 EPSILON_SECONDS = 1e-4
 
 
-class ClipError(RuntimeError):
-    """A clip that could not be written."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """One clip to be: its id, its span in the source, and where it goes."""
