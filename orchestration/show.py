@@ -1,11 +1,13 @@
 """Tables and progress for the terminal: what the CLI prints, and nothing that decides anything."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,7 +17,8 @@ from assets.tasks import Done, Watch
 from ml.plan import Plan
 from ml.recipe import Recipe
 
-console = Console()
+# A pipe has no width of its own; a table that is cut off says less than one that is wide.
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 class Progress(Watch):
@@ -53,18 +56,24 @@ class Progress(Watch):
 
 def plan_table(planned: Plan, recipe: Recipe) -> Table:
     """Tokens, FLOPs, GPU-hours and dollars of every stage beside the published figures."""
-    table = Table(title=f"{recipe.title}, profile {recipe.profile}: the plan", caption=planned.assumption)
-    for name in ("stage", "steps", "tokens/sample", "PFLOP/GPU-step", "devices", "GPU-hours", "GPU-days", "US$"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
-    table.add_column("published GPU-days", justify="right")
-    table.add_column("published US$", justify="right")
+    table = Table(
+        title=f"{recipe.title}, profile {recipe.profile}: the plan",
+        caption=planned.assumption,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    heads = ("steps", "tokens", "TF\n/step", "GPUs", "GPU-h", "GPU-\ndays", "US$")
+    table.add_column("stage", no_wrap=True)
+    for name in (*heads, "reported\nGPU-days", "reported\nUS$"):
+        table.add_column(name, justify="right", no_wrap=True)
     for stage in planned.stages:
         published = stage.published
         table.add_row(
             stage.name,
             f"{stage.steps:,}",
             figure(stage.tokens),
-            figure(stage.flops_per_device_step / 1e15),
+            figure(stage.flops_per_device_step / 1e12),
             figure(stage.devices),
             *(figure(value) for value in (stage.gpu_hours, stage.gpu_hours / 24, stage.usd)),
             figure(published.gpu_days) if published else "-",
@@ -73,13 +82,13 @@ def plan_table(planned: Plan, recipe: Recipe) -> Table:
     table.add_section()
     totals = (figure(value) for value in (planned.gpu_hours, planned.gpu_hours / 24, planned.usd))
     reported = figure(planned.published_usd) if planned.published_usd else "-"
-    table.add_row("all stages", "", "", "", "", *totals, "", reported)
+    table.add_row("total", "", "", "", "", *totals, "", reported)
     return table
 
 
 def figure(value: float) -> str:
     """A number as one reads it: thousands separated, three digits when it is small."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
 
 
 def bill_table(table: pd.DataFrame, totals: dict[str, float]) -> Table:
