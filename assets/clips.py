@@ -28,7 +28,7 @@ def clip_steps(recipe: Recipe) -> list[Step]:
         work=Entry("ml.curate", "clips", recipe.compute.curate),
         purpose="data",
         recipe=recipe,
-        reads=("curation.clips",),
+        reads=("curation.clips", "corpus.licences"),
         inputs={"videos": videos, "shots": (shots.key,)},
         partitioned=True,
         kinds=frozenset({"python", "ffmpeg"}),
