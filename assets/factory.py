@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import io
 import warnings
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from assets.tasks import Done, Runner
 
 SHARDS = dg.DynamicPartitionsDefinition(name="shards")
 FRESH = "opensora/fresh"
-_MAX_PICTURE_BYTES = 400_000
+MAX_PICTURE_BYTES = 150_000
 
 
 def to_asset(step: Step) -> dg.AssetsDefinition:
@@ -66,11 +67,24 @@ def metadata(done: Done, runner: Runner) -> dict[str, Any]:
 
 
 def picture(path: Path) -> dg.MetadataValue[Any]:
-    """A picture inside the page, or its path when it would swell the event log."""
-    if path.stat().st_size > _MAX_PICTURE_BYTES:
-        return dg.MetadataValue.path(str(path))
-    encoded = base64.b64encode(path.read_bytes()).decode()
-    return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{encoded})")
+    """A picture inside the page, made smaller when its file would swell the event log."""
+    content, kind = path.read_bytes(), "png"
+    if len(content) > MAX_PICTURE_BYTES:
+        content, kind = _smaller(path), "jpeg"
+    encoded = base64.b64encode(content).decode()
+    return dg.MetadataValue.md(f"![{path.stem}](data:image/{kind};base64,{encoded})")
+
+
+def _smaller(path: Path) -> bytes:
+    """The picture as JPEG, at most 1,100 pixels wide."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    with Image.open(path) as full:
+        shown = full.convert("RGB")
+        shown.thumbnail((1100, 4400))
+        shown.save(stream, "JPEG", quality=82)
+    return stream.getvalue()
 
 
 def _tags(step: Step) -> dict[str, str]:
