@@ -15,10 +15,15 @@ def latent_steps(recipe: Recipe) -> list[Step]:
             work=Entry("ml.encode", "latents", recipe.compute.encode),
             purpose="data",
             recipe=recipe,
-            reads=("text", "seed", *(f"stages.{stage.name}.buckets" for stage in recipe.stages)),
+            reads=("text", "seed", "sampling.fps", *_buckets(recipe)),
             inputs={"dataset": ((recipe.name, "dataset_version"),), "autoencoder": (autoencoder_key(recipe),)},
             kinds=frozenset({"pytorch", "parquet"}),
             owner="team:training",
             table="latents",
         )
     ]
+
+
+def _buckets(recipe: Recipe) -> list[str]:
+    """What decides which clip is encoded in which shape."""
+    return [f"stages.{stage.name}.{field}" for stage in recipe.stages for field in ("buckets", "tier")]

@@ -29,6 +29,10 @@ KILL_SECONDS = 5.0
 # psutil derives a creation time from the boot time, which the kernel may adjust by a fraction of a second.
 SAME_PROCESS_SECONDS = 2.0
 
+# OpenMP's threads spin while they wait for work, which on cores that are shared costs five times the wall time. Read
+# when torch loads, so that the task itself is too late to set it.
+SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 
 @dataclass(frozen=True)
 class LocalLauncher:
@@ -48,7 +52,7 @@ class LocalLauncher:
         supervise = [sys.executable, "-m", "infra.compute.supervise", *options, str(out), run_id, "--"]
         command = [*supervise, *task.command(sys.executable, run_id, tracking_uri)]
         started = time.time()
-        environment = {**os.environ, **TELEMETRY_OFF}
+        environment = {**os.environ, **TELEMETRY_OFF, **SHARED_CORES}
         pid = _spawn(command, self.root, environment)
         data = {"pid": pid, "create_time": _create_time(pid), "started": started}
         return Handle(self.name, {**data, "out": str(out), "run_id": run_id, "log_offset": offset})
