@@ -58,7 +58,9 @@ def metadata(done: Done, runner: Runner) -> dict[str, Any]:
     shown: dict[str, Any] = {key: float(value) for key, value in result["metrics"].items()}
     shown |= {key: value for key, value in result["facts"].items() if isinstance(value, str | int | bool)}
     shown |= {key: dg.MetadataValue.json(v) for key, v in result["facts"].items() if isinstance(v, dict | list)}
-    shown |= {"cost_usd": done.cost_usd, "reused": done.reused, "folder": dg.MetadataValue.path(str(folder))}
+    shown |= {"reused": done.reused, "folder": dg.MetadataValue.path(str(folder))}
+    if not done.reused:  # a point at 0 would pull down the plot of what making it costs
+        shown["cost_usd"] = done.cost_usd
     for name in result["pictures"]:
         shown[Path(name).stem] = picture(folder / name)
     if done.made.run_id:

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_stage(call: Call) -> None:
     """Train one transformer stage on latents, from the stage before (`--input init=`) or from the recipe's seed."""
     recipe, stage = call.recipe, call.recipe.stage(call.option("stage"))
+    call.log.params({**report.params(stage), **report.params(recipe.model, "model.")})
     plan, engine = stage_plan(recipe, stage, call.out), make_engine(stage.engine, stage.compute)
     latents = LatentDataset(call.input("latents"))
     network = new_transformer(recipe)
@@ -65,6 +66,7 @@ def train_stage(call: Call) -> None:
 def train_autoencoder(call: Call) -> None:
     """Train one autoencoder stage on clip files, then measure the scale of its latents."""
     recipe, stage = call.recipe, call.recipe.autoencoder_stage(call.option("stage"))
+    call.log.params(report.params(stage))
     plan, engine = autoencoder_plan(recipe, stage, call.out), make_engine(AUTOENCODER_ENGINE, stage.compute)
     torch.manual_seed(recipe.seed)
     network = build_autoencoder(recipe.autoencoder)

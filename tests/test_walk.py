@@ -59,6 +59,7 @@ class House:
         self.folder = folder
         self.home = folder / "home"
         self.home.mkdir()
+        (self.home / "dagster.yaml").write_text("telemetry: {enabled: false}\n", encoding="utf-8")
         (folder / "recipes").mkdir()
         self.workspace = Workspace(folder / "workspace")
         self.settings = Settings(workspace=self.workspace.root, recipes="micro")

@@ -5,8 +5,18 @@ from typing import Any
 
 import torch
 
+from ml.sections import Section
 from ml.training.curves import edge_losses, plot_losses, read_log
 from ml.training.trainer import Trainer
+
+
+def params(section: Section, prefix: str = "") -> dict[str, object]:
+    """A recipe section as flat parameters (`optimizer.lr`), which is what two runs are compared by."""
+    flat: dict[str, object] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        flat |= params(value, f"{prefix}{name}.") if isinstance(value, Section) else {f"{prefix}{name}": value}
+    return flat
 
 
 def numbers(trainer: Trainer) -> dict[str, float]:

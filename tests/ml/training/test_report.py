@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 
+from ml.recipe import Recipe
 from ml.training import report
 from ml.training.curves import COLUMNS, LossLog
 
@@ -47,3 +49,10 @@ def test_memory_is_the_peak_of_the_process_in_mib() -> None:
 
 def test_the_picture_is_drawn_beside_the_weights(trained: Any) -> None:
     assert (trained.plan.out / report.draw(trained)).stat().st_size > 5000
+
+
+def test_a_stage_becomes_flat_parameters(tiny_recipe: Recipe) -> None:
+    found = report.params(tiny_recipe.stages[0], "stage.")
+    assert found["stage.optimizer.lr"] == tiny_recipe.stages[0].optimizer.lr
+    assert found["stage.engine.precision"] == "fp32"
+    assert not any(isinstance(value, BaseModel) for name, value in found.items() if "buckets" not in name)
