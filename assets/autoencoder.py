@@ -16,6 +16,7 @@ _NETWORK = (
     "temporal_stride",
     "spatial_stride",
 )
+_MEASURED = ("fps", "resolution", "frames")
 _TRAINING = ("tier", "steps", "resolution", "frames", "image_fraction", "batch", "optimizer", "loss")
 
 
@@ -69,6 +70,8 @@ def _import(call: Call) -> None:
 
 def _stage(recipe: Recipe, stage: AutoencoderStage, before: tuple[str, str] | None) -> Step:
     dataset = {"dataset": ((recipe.name, "dataset_version"),)}
+    init = {"init": (before,)} if before else {}
+    perceptual = {"lpips": (LPIPS,)} if stage.loss.perceptual else {}
     return Step(
         key=(recipe.name, stage.name),
         group="autoencoder",
@@ -78,11 +81,13 @@ def _stage(recipe: Recipe, stage: AutoencoderStage, before: tuple[str, str] | No
         recipe=recipe,
         reads=(
             "seed",
+            "sampling.fps",
+            "model.patch",
             "autoencoder.scale",
             *(f"autoencoder.{field}" for field in _NETWORK),
             *(f"autoencoder.stages.{stage.name}.{field}" for field in _TRAINING),
         ),
-        inputs=dataset | ({"init": (before,)} if before else {}),
+        inputs=dataset | init | perceptual,
         options={"stage": stage.name},
         kinds=frozenset({"pytorch", "mlflow"}),
         owner="team:training",
@@ -97,7 +102,14 @@ def _report(recipe: Recipe) -> Step:
         work=Entry("ml.sample", "reconstruct", recipe.compute.evaluate),
         purpose="eval",
         recipe=recipe,
-        reads=("evaluation.loss_clips",),
+        reads=(
+            "evaluation.loss_clips",
+            "seed",
+            "sampling.fps",
+            "sampling.resolution",
+            "sampling.frames",
+            "model.patch",
+        ),
         inputs={
             "dataset": ((recipe.name, "dataset_version"),),
             "autoencoder": (autoencoder_key(recipe),),

@@ -82,7 +82,9 @@ def totals(rows: pd.DataFrame, recipe: Recipe) -> dict[str, float]:
 def recipe_rows(tracker: Tracker, recipe: Recipe) -> pd.DataFrame:
     """The ledger rows that a recipe's bill is made of: its own runs and those of the corpora it uses."""
     ledger = Ledger(tracker)
-    return pd.concat([ledger.rows(experiment) for experiment in (CORPUS, f"opensora/{recipe.id}")], ignore_index=True)
+    shared, own = ledger.rows(CORPUS), ledger.rows(f"opensora/{recipe.id}")
+    used = tuple(f"corpus/{name}/" for name in recipe.corpus.names)
+    return pd.concat([shared[shared["step"].str.startswith((*used, "weights/"))], own], ignore_index=True)
 
 
 def plan_beside_bill(planned: Plan, rows: pd.DataFrame) -> pd.DataFrame:

@@ -12,10 +12,17 @@ import dagster as dg
 
 from assets.steps import Entry, Step
 from assets.tasks import Done, Runner
+from ml.recipe import Recipe
 
 SHARDS = dg.DynamicPartitionsDefinition(name="shards")
+SHARDED = ("shots", "clips", "scores")
 FRESH = "opensora/fresh"
 MAX_PICTURE_BYTES = 150_000
+
+
+def shard_assets(recipe: Recipe, partition: str) -> list[dg.AssetKey]:
+    """What curating one shard makes: its own corpus and the recipe's partitioned steps, no other corpus."""
+    return [dg.AssetKey(["corpus", partition.partition(".")[0]]), *(dg.AssetKey([recipe.name, n]) for n in SHARDED)]
 
 
 def to_asset(step: Step) -> dg.AssetsDefinition:

@@ -56,6 +56,7 @@ def release(call: Call, tracking_uri: str) -> None:
     trained_by = training_run(Tracker(tracking_uri), call.recipe, weights.parent.name)
     checkpoint = Checkpoint(name, trained_by, weights.absolute().as_uri(), facts["weights_sha256"], tags=facts)
     version = registry.register(checkpoint)
+    registry.tag(name, version.version, facts)  # the same weights may be judged again
     registry.score(version, str(call.log.run_id), report.metrics)
     for alias in ("candidate", "champion") if decision.passed else ("candidate",):
         registry.set_alias(name, alias, version.version)

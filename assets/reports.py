@@ -7,7 +7,7 @@ from evaluation.judge import preference_report, write_report
 from evaluation.preference import votes_digest
 from ml.recipe import Recipe
 
-_PROTOCOL = ("prompts", "num_prompts", "seeds", "vbench_dimensions", "loss_timesteps", "loss_clips")
+_PROTOCOL = ("prompts", "num_prompts", "seeds", "vbench_dimensions", "loss_timesteps", "loss_clips", "gate")
 
 
 def report_steps(recipe: Recipe) -> list[Step]:
@@ -81,7 +81,7 @@ def _report(recipe: Recipe) -> Step:
         work=Function(write_report),
         purpose="eval",
         recipe=recipe,
-        reads=("sampling", *(f"evaluation.{field}" for field in _PROTOCOL)),
+        reads=("sampling", "compute.sample.accelerators", *(f"evaluation.{field}" for field in _PROTOCOL)),
         inputs={part: ((name, part),) for part in parts}
         | {
             "checkpoint": (checkpoint_key(recipe, recipe.stages[-1]),),

@@ -4,7 +4,6 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from infra.prices import price
 from infra.runs import Bill, Status, Tag
 from infra.settings import Settings
 from infra.tracking import RunLog, Tracker
-from ml.entry import Call
+from ml.entry import RESULT, Call
 from ml.sections import Compute
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,9 +71,10 @@ class Runner:
         fresh = fresh or (present.fresh if present else "")
         inputs = self.walk.inputs(step, partition)
         key = self.walk.key(step, partition, inputs, fresh)
-        if found := self.walk.finished(step, partition, key, present.run_id if present else "", fresh):
-            return self._settle(step, partition, Done(found, reused=True, cost_usd=0.0), started)
         out = self.walk.workspace.step(path, key)
+        if found := self.walk.finished(step, partition, key, fresh=fresh):
+            run_id = present.run_id if present and present.key == key else self._adopt(step, path, out)
+            return self._settle(step, partition, Done(replace(found, run_id=run_id), True, 0.0), started)
         out.mkdir(parents=True, exist_ok=True)
         self.watch.started(path)
         run_id, cost = self._work(step, partition, out, inputs, dict(tags or {}))
@@ -122,7 +122,7 @@ class Runner:
             return "", 0.0
         self.tracker.check()
         path = step.path(partition)
-        self._close_lost(step, path, call.out.name)
+        self._close_lost(step, path, call.out)
         about: dict[str, str] = {Tag.STEP: path, Tag.STEP_KEY: call.out.name, Tag.PURPOSE: step.purpose}
         run = self.tracker.open(self.experiment(step), path, {**self._tags(step, LOCAL), **about, **tags})
         started, status = time.time(), Status.FAILED
@@ -137,14 +137,29 @@ class Runner:
             self.tracker.close(run, status, spent, failed if status == Status.FAILED else {})
         return run, spent[Bill.COST_USD]
 
-    def _close_lost(self, step: Step, path: str, key: str) -> None:
-        """Close the runs of in-process attempts that were killed, billed to their last heartbeat."""
-        found = self.tracker.runs(self.experiment(step), f"tags.{Tag.STEP_KEY} = '{key}'")
+    def _adopt(self, step: Step, path: str, out: Path) -> str:
+        """The run that made an output which nobody recorded: its orchestrator was killed before it could.
+
+        An open run is closed with its cost, as what it is: finished.
+        """
+        if isinstance(step.work, Function) and not step.work.billed:
+            return ""
+        found = [r for r in self.tracker.runs(self.experiment(step), _by_key(out.name)) if r.name == path]
+        ended = (out / RESULT).stat().st_mtime
+        for run in (r for r in found if r.status == Status.RUNNING):
+            compute = step.work.compute if isinstance(step.work, Entry) else LOCAL
+            spent = bill(max(0.0, ended - run.started.timestamp()), compute.devices, price(compute.price))
+            self.tracker.close(run.run_id, Status.FINISHED, spent)
+        return next((r.run_id for r in found if r.status in (Status.FINISHED, Status.RUNNING)), "")
+
+    def _close_lost(self, step: Step, path: str, out: Path) -> None:
+        """Close the runs of in-process attempts that were killed, billed to the last thing they wrote."""
+        found = self.tracker.runs(self.experiment(step), _by_key(out.name))
+        last = max((file.stat().st_mtime for file in out.rglob("*")), default=0.0)
         for run in (r for r in found if r.status == Status.RUNNING and r.name == path):
-            seen = run.tags.get(Tag.HEARTBEAT)
-            seconds = (datetime.fromisoformat(seen) - run.started).total_seconds() if seen else 0.0
-            spent = bill(max(0.0, seconds), LOCAL.devices, price(LOCAL.price))
+            seconds = max(1.0, last - run.started.timestamp())
             failed: dict[str, str] = {Tag.PURPOSE: Purpose.FAILED, Tag.INTENDED_PURPOSE: step.purpose}
+            spent = bill(seconds, LOCAL.devices, price(LOCAL.price))
             self.tracker.close(run.run_id, Status.KILLED, spent, failed)
 
     def _task(
@@ -198,6 +213,10 @@ def commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def _by_key(key: str) -> str:
+    return f"tags.{Tag.STEP_KEY} = '{key}'"
 
 
 def _shard(partition: str) -> dict[str, str]:

@@ -97,7 +97,7 @@ class DataRepo:
         Every byte is checked against the digest it was frozen under. Raises VersionError for an unknown revision,
         naming the nearest, for a `dest` that holds files already, and for bytes that the remote has lost or damaged.
         """
-        found = self.revision(revision)
+        found, dest = self.revision(revision), dest.absolute()
         if dest.is_dir() and any(dest.iterdir()):
             raise VersionError(f"{dest} is not empty; restore {found.name} into a new folder")
         dest.parent.mkdir(parents=True, exist_ok=True)

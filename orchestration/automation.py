@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from assets.factory import FRESH, SHARDS
+from assets.factory import FRESH, SHARDS, shard_assets
 from assets.steps import Walk
 from assets.tasks import Runner
 from infra.compute.attempt import Attempts
@@ -65,10 +65,14 @@ def new_shards(recipe: Recipe, walk: Walk, job: "AssetJob") -> dg.SensorDefiniti
     )
     def look(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         known = set(context.instance.get_dynamic_partitions(str(SHARDS.name)))
-        fresh = [name for name in walk.partitions(step) if name not in known]
+        fresh = [name for name in walk.partitions(step) if walk.current(step, name) is None]
         if not fresh:
-            return dg.SkipReason(f"{len(known)} shards known, none new")
-        requests = [dg.RunRequest(run_key=f"{recipe.name}:{name}", partition_key=name) for name in fresh]
-        return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=[SHARDS.build_add_request(fresh)])
+            return dg.SkipReason("every shard has been curated under this recipe")
+        requests = [
+            dg.RunRequest(run_key=f"{recipe.id}:{name}", partition_key=name, asset_selection=shard_assets(recipe, name))
+            for name in fresh
+        ]
+        added = SHARDS.build_add_request([name for name in fresh if name not in known])
+        return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=[added])
 
     return look

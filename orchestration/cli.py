@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from dagster import AssetKey, DagsterError
 from rich.markup import escape
 from rich.table import Table
 
 from assets.costs import plan_beside_bill, recipe_rows, totals
 from assets.tasks import Watch
-from infra.compute.task import ComputeError
 from infra.settings import Settings
-from infra.tracking import TrackingError
 from infra.versioning import DataRepo
 from ml.plan import plan as plan_of
 from ml.recipe import Recipe, RecipeError, available, find, header, user_folders
@@ -47,7 +46,7 @@ def check(name: Name, profile: Profile = "tiny") -> None:
     with problems():
         recipe = Recipe.load(name, profile, user_folders())
         show.console.print(header(find(name, user_folders())), highlight=False, markup=False)
-        for warning in plan_of(recipe).warnings:
+        for warning in (*plan_of(recipe).warnings, *_unmet(recipe)):
             show.console.print(f"[yellow]warning[/yellow] {warning}", highlight=False)
         show.console.print(
             f"[green]ok[/green] {recipe.id}: {len(recipe.stages)} stages, budget ${recipe.budget_usd:,.2f}"
@@ -92,10 +91,12 @@ def run(
     """Materialise a job of a recipe in this process; `make ui` does the same from the browser."""
     with problems():
         session = Session.open(name, profile, show.Progress())
+        if job == "curate" and select:
+            raise RecipeError("--select goes with the other jobs: curate makes whole shards")
         if job == "curate":
             session.curate()
         else:
-            session.execute(job, selection=tuple(select or ()))
+            session.execute(job, selection=[AssetKey([name, asset]) for asset in select or ()])
 
 
 @app.command()
@@ -201,8 +202,22 @@ def problems() -> Iterator[None]:
         yield
     except RecipeError as error:
         _stop(str(error), 2)
-    except (ComputeError, TrackingError, RuntimeError, ValueError, OSError) as error:
+    except (DagsterError, LookupError, RuntimeError, ValueError, OSError) as error:
         _stop(f"{type(error).__name__}: {error}", 1)
+
+
+def _unmet(recipe: Recipe) -> list[str]:
+    """What a recipe asks for that this installation does not have."""
+    found = [
+        f"{stage.name}: engine {stage.engine.kind} drives one device, {stage.compute.devices} are asked for: it can be "
+        "planned, not launched"
+        for stage in recipe.stages
+        if not stage.compute.accelerators.startswith("CPU") and stage.compute.devices > 1
+    ]
+    weights = recipe.autoencoder.weights_uri
+    if weights and not (Settings().workspace / weights).is_file():
+        found.append(f"autoencoder: {weights} is not in the workspace")
+    return found
 
 
 def _stop(message: str, code: int) -> None:

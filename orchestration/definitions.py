@@ -6,6 +6,7 @@ import dagster as dg
 
 from assets.checks import budget_check, table_check
 from assets.factory import to_asset
+from assets.tasks import Runner
 from infra.settings import Settings
 from ml.recipe import Recipe
 from orchestration.automation import new_shards, re_evaluation, settlement
@@ -16,7 +17,12 @@ from orchestration.resources import load_recipes, runner_of
 def build_definitions(recipes: Iterable[Recipe], settings: Settings) -> dg.Definitions:
     """Definitions of these recipes under these settings; nothing heavy is imported and no server is asked."""
     chosen = tuple(recipes)
-    runner = runner_of(chosen, settings)
+    return define(chosen, runner_of(chosen, settings))
+
+
+def define(recipes: Iterable[Recipe], runner: Runner) -> dg.Definitions:
+    """Definitions of these recipes with a runner that is made already."""
+    chosen = tuple(recipes)
     steps = runner.walk.steps.values()
     jobs = {recipe.name: recipe_jobs(recipe, runner.walk) for recipe in chosen}
     by_name = {job.name: job for made in jobs.values() for job in made}

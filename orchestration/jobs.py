@@ -10,6 +10,7 @@ from ml.recipe import Recipe
 if TYPE_CHECKING:  # what `dg.define_asset_job` returns has no public name
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition as AssetJob
 
+JOBS = ("curate", "walk", "train", "judge", "release")
 JUDGED = ("prompts", "samples", "loss_report", "reconstruction_report", "vbench_report", "preference_report", "report")
 
 

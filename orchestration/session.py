@@ -1,18 +1,20 @@
 """One installation in one process: settings, recipes, Dagster instance and definitions, for the CLI to speak to."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import dagster as dg
 
-from assets.factory import SHARDS
+from assets.factory import SHARDS, shard_assets
 from assets.steps import StepError, Walk
 from assets.tasks import Runner, Watch
 from infra.settings import TELEMETRY_OFF, Settings
-from ml.recipe import Recipe, user_folders
-from orchestration.definitions import build_definitions
+from ml.recipe import Recipe, RecipeError, user_folders
+from orchestration.definitions import define
+from orchestration.jobs import JOBS
 from orchestration.resources import runner_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +40,11 @@ class Session:
         """The runner, telling this session's watcher what happens."""
         return replace(runner_of([self.recipe], self.settings), watch=self.watch)
 
+    @cached_property
+    def definitions(self) -> dg.Definitions:
+        """The definitions of this recipe alone, with this session's runner."""
+        return define([self.recipe], self.runner)
+
     @property
     def walk(self) -> Walk:
         """The steps of the recipe."""
@@ -60,18 +67,21 @@ class Session:
             )
         self.instance.add_dynamic_partitions(str(SHARDS.name), shards)
         for shard in shards:
-            self.execute("curate", shard)
+            self.execute("curate", shard, shard_assets(self.recipe, shard))
 
-    def execute(self, job: str, partition: str | None = None, selection: tuple[str, ...] = ()) -> None:
-        """Run a job of the recipe in this process; raises whatever a step raised."""
-        definitions = build_definitions([self.recipe], self.settings)
-        chosen = definitions.resolve_job_def(f"{job}_{self.recipe.name}")
+    def execute(self, job: str, partition: str | None = None, selection: Sequence[dg.AssetKey] = ()) -> None:
+        """Run a job of the recipe in this process, or only the assets selected from it; raises what a step raised."""
+        if job not in JOBS:
+            raise RecipeError(f"no job {job!r}; a recipe has {', '.join(JOBS)}")
+        chosen = self.definitions.resolve_job_def(f"{job}_{self.recipe.name}")
+        unknown = [key for key in selection if key not in chosen.asset_layer.executable_asset_keys]
+        if unknown:
+            raise RecipeError(f"job {job} has no asset {unknown[0].to_user_string()}")
         try:
             chosen.execute_in_process(
                 instance=self.instance,
                 partition_key=partition,
-                resources={"runner": self.runner},
-                asset_selection=[dg.AssetKey([self.recipe.name, name]) for name in selection] or None,
+                asset_selection=list(selection) or None,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
         except dg.DagsterError as error:

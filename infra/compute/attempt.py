@@ -80,7 +80,10 @@ class Attempts:
             handle = Handle.from_json(record.tags[Tag.HANDLE]) if Tag.HANDLE in record.tags else None
             if handle is None or handle.launcher != self.launcher.name:
                 continue
-            state = self.launcher.poll(handle)
+            try:
+                state = self.launcher.poll(handle)
+            except ComputeError:
+                continue  # another host's; it settles its own
             if not state.running:
                 self._close(record, state, finished=(Path(record.tags[Tag.OUT]) / RESULT).is_file())
                 self.launcher.cancel(handle)
@@ -144,7 +147,7 @@ class Attempts:
         except BaseException:
             self.launcher.cancel(handle)
             stopped = TaskState("failed", started=_start(record, handle), ended=time.time())
-            self._close(record, stopped, finished=False, interrupted=True)
+            self._close(record, stopped, finished=task.finished, interrupted=True)
             raise
         cost = self._close(record, state, task.finished)
         self.launcher.cancel(handle)

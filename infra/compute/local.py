@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TAIL_BYTES = 64 * 1024
 START_SECONDS = 60.0
 KILL_SECONDS = 5.0
+SILENT_SECONDS = 60.0  # a supervisor on another host touches its heartbeat every second
 # psutil derives a creation time from the boot time, which the kernel may adjust by a fraction of a second.
 SAME_PROCESS_SECONDS = 2.0
 
@@ -54,12 +56,12 @@ class LocalLauncher:
         started = time.time()
         environment = {**os.environ, **TELEMETRY_OFF, **SHARED_CORES}
         pid = _spawn(command, self.root, environment)
-        data = {"pid": pid, "create_time": _create_time(pid), "started": started}
+        data = {"pid": pid, "create_time": _create_time(pid), "started": started, **_machine()}
         return Handle(self.name, {**data, "out": str(out), "run_id": run_id, "log_offset": offset})
 
     def find(self, task: Task, run_id: str, started: float) -> Handle | None:
         """The handle of a run from what its supervisor wrote into the step's folder."""
-        data = {"out": str(task.out.absolute()), "run_id": run_id, "started": started, "log_offset": 0}
+        data = {"out": str(task.out.absolute()), "run_id": run_id, "started": started, "log_offset": 0, **_machine()}
         record = _record(data)
         if record is None:
             return None
@@ -68,8 +70,14 @@ class LocalLauncher:
         return Handle(self.name, {**data, "pid": pid, "create_time": _create_time(pid) if alive else 0.0})
 
     def poll(self, handle: Handle) -> TaskState:
-        """Where the task stands; a task whose supervisor was killed is stopped before it is called lost."""
+        """Where the task stands; a task whose supervisor was killed is stopped before it is called lost.
+
+        Process ids mean nothing on another host or after a restart: nothing is killed there. Raises ComputeError for a
+        task of another host whose folder this one does not see.
+        """
         data = _checked(handle)
+        if not _here(data):
+            return self._elsewhere(handle, data)
         alive = _alive(data)  # before the record is read: a supervisor writes the record, then ends
         record = _record(data)
         if record is not None and record["exit_code"] is not None:
@@ -79,9 +87,26 @@ class LocalLauncher:
         _kill_session(data)
         return TaskState("lost", started=data["started"], ended=_last_sign(data), tail=self.log_tail(handle))
 
+    def _elsewhere(self, handle: Handle, data: dict[str, Any]) -> TaskState:
+        """State of a task of another host, or of this one before it was restarted, by what its folder says."""
+        if data["host"] != socket.gethostname() and not Path(data["out"]).is_dir():
+            raise ComputeError(f"run {data['run_id']} works on host {data['host']}, in a folder that is not seen here")
+        record = _record(data)
+        if record is not None and record["exit_code"] is not None:
+            return _ended(record, self.log_tail(handle))
+        beats = data["host"] != socket.gethostname() and time.time() - _last_sign(data) < SILENT_SECONDS
+        if beats:
+            return TaskState("running", started=data["started"])
+        return TaskState("lost", started=data["started"], ended=_last_sign(data), tail=self.log_tail(handle))
+
     def cancel(self, handle: Handle) -> None:
-        """SIGTERM to the task's group, SIGKILL after the grace; returns when the task has ended."""
+        """SIGTERM to the task's group, SIGKILL after the grace; returns when the task has ended.
+
+        Does nothing for a task of another host, or of before a restart.
+        """
         data = _checked(handle)
+        if not _here(data):
+            return
         if _alive(data):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(data["pid"], signal.SIGTERM)
@@ -128,6 +153,19 @@ def _checked(handle: Handle) -> dict[str, Any]:
     if handle.launcher != LocalLauncher.name:
         raise ComputeError(f"handle of launcher {handle.launcher!r} was given to launcher {LocalLauncher.name!r}")
     return dict(handle.data)
+
+
+def _machine() -> dict[str, str]:
+    """Which host, and which of its lives: process ids are unique to both."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "host": socket.gethostname(),
+        "boot": boot.read_text().strip() if boot.is_file() else str(psutil.boot_time()),
+    }
+
+
+def _here(data: dict[str, Any]) -> bool:
+    return all(data[name] == value for name, value in _machine().items())
 
 
 def _create_time(pid: int) -> float:

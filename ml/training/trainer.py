@@ -93,6 +93,7 @@ class Trainer:
             return 0
         progress = self.store.load(place, self.engine, self.ema)
         self.stream.restore(progress.sampler, progress.consumed)
+        tqdm.write(f"resumed at step {progress.step} of {self.plan.steps}")
         return progress.step
 
     def _save(self, step: int) -> None:

@@ -37,6 +37,7 @@ def spent(spend: Callable[..., None]) -> None:
     spend("opensora/corpus", "corpus/sample/sample.film", 0.10)
     spend("opensora/v2_0-tiny", "v2_0-tiny/dit_stage1", 0.25, Purpose.FAILED)
     spend("opensora/v2_0-tiny", "v2_0-tiny/dit_stage1", 0.50, Purpose.HEADLINE)
+    spend("opensora/corpus", "corpus/foreign/foreign.x", 7.00)
     spend("opensora/other-tiny", "other-tiny/dit_stage1", 9.00, Purpose.HEADLINE)
 
 

@@ -104,7 +104,33 @@ def test_a_killed_in_process_attempt_is_closed_when_the_step_runs_again(runner: 
     runner.run(made)
     rows = Ledger(runner.tracker).rows().set_index("run_id")
     assert (rows.loc[lost, "status"], rows.loc[lost, "purpose"]) == (Status.KILLED, Purpose.FAILED)
+    assert rows.loc[lost, "cost_usd"] > 0
     assert len(rows) == 2
+
+
+def test_an_output_that_outlived_its_orchestrator_closes_its_run_as_finished(
+    runner: Runner, tiny_recipe: Recipe
+) -> None:
+    made = step(tiny_recipe, "one", Function(write))
+    runner = with_steps(runner, made)
+    first = runner.run(made)
+    (runner.walk.workspace.root / "steps" / made.path() / "current.json").unlink()
+    key, tags = first.made.key, {Tag.PURPOSE: "eval", Tag.DEVICES: 1, Tag.PRICE_ROW: LOCAL.price}
+    left = runner.tracker.open("opensora/v2_0-tiny", made.path(), {**tags, Tag.STEP: made.path(), Tag.STEP_KEY: key})
+    again = runner.run(made)
+    assert again.reused
+    assert again.made.run_id == left
+    assert set(Ledger(runner.tracker).rows()["status"]) == {Status.FINISHED}
+
+
+def test_going_back_names_the_run_that_made_it(runner: Runner, tiny_recipe: Recipe) -> None:
+    here = step(tiny_recipe, "one", Function(write), reads=("title",))
+    there = replace(here, recipe=tiny_recipe.model_copy(update={"title": "Another"}))
+    first = with_steps(runner, here).run(here)
+    with_steps(runner, there).run(there)
+    back = with_steps(runner, here).run(here)
+    assert back.reused
+    assert back.made.run_id == first.made.run_id
 
 
 def test_a_failing_task_names_its_reason_and_costs(runner: Runner, tiny_recipe: Recipe) -> None:

@@ -36,7 +36,21 @@ def test_a_recipe_is_checked_with_its_header() -> None:
     result = say("check", "v2_0", "--profile", "paper")
     assert result.exit_code == 0
     assert "Exact command" in result.output
-    assert "drives one device" in result.output, "what cannot be launched here is said"
+
+
+def test_what_is_missing_for_a_recipe_is_said_and_only_then() -> None:
+    assert "can be planned, not launched" in say("check", "v2_0", "--profile", "paper").output
+    assert "hunyuan_vae.safetensors is not in the workspace" in say("check", "v2_0", "--profile", "paper").output
+    assert "warning" not in say("check", "v2_0", "--profile", "tiny").output
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--job", "typo"), ("--select", "typo"), ("--job", "curate", "--select", "shots")]
+)
+def test_an_unknown_job_or_asset_exits_2(arguments: tuple[str, ...]) -> None:
+    result = say("run", "v2_0", *arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
 
 
 def test_the_plan_stands_beside_the_published_figures() -> None:

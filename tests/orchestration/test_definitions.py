@@ -94,8 +94,12 @@ def test_new_footage_becomes_a_partition_and_a_run(definitions: dg.Definitions, 
         assert [request.partition_key for request in found.run_requests or []] == ["sample.film"]
         (added,) = found.dynamic_partitions_requests or []
         assert list(added.partition_keys) == ["sample.film"]
+        (request,) = found.run_requests or []
+        assert dg.AssetKey(["corpus", "sample"]) in (request.asset_selection or [])
         instance.add_dynamic_partitions("shards", ["sample.film"])
-        assert isinstance(sensor(context), dg.SkipReason)
+        again = sensor(context)
+        assert isinstance(again, dg.SensorResult), "a partition that another recipe added is still not curated here"
+        assert again.run_requests
 
 
 @pytest.mark.filterwarnings("ignore")  # with warnings as errors Dagster would hide a parser that is broken

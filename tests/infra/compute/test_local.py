@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -172,16 +174,36 @@ def test_a_handle_is_found_again_from_the_folder(launcher: LocalLauncher, make_t
     assert ended(launcher, found).status == "succeeded"
 
 
-def test_another_process_with_the_same_id_is_not_the_task(launcher: LocalLauncher, tmp_path: Path) -> None:
-    data = {
-        "pid": os.getpid(),
-        "create_time": 1.0,
-        "started": 1.0,
-        "out": str(tmp_path),
-        "run_id": "r",
-        "log_offset": 0,
-    }
-    assert launcher.poll(Handle("local", data)).status == "lost"
+def handle_of(launcher: LocalLauncher, task: Task, **changes: object) -> Handle:
+    """The handle of a task that was started and has ended, with some of its facts changed."""
+    handle = launcher.submit(task, "run1", URI)
+    ended(launcher, handle)
+    return Handle("local", {**handle.data, **changes})
+
+
+def test_another_process_with_the_same_id_is_not_the_task(
+    launcher: LocalLauncher, make_task: MakeTask, tmp_path: Path
+) -> None:
+    changes = {"pid": os.getpid(), "create_time": 1.0, "started": 1.0, "out": str(tmp_path), "run_id": "r"}
+    assert launcher.poll(handle_of(launcher, make_task(), **changes)).status == "lost"
+
+
+def test_after_a_restart_nothing_is_killed(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        changes = {"pid": bystander.pid, "boot": "an earlier life", "run_id": "r", "started": 1.0}
+        handle = handle_of(launcher, make_task(), **changes)
+        assert launcher.poll(handle).status == "lost"
+        launcher.cancel(handle)
+        assert bystander.poll() is None
+    finally:
+        bystander.communicate(b"\n", timeout=10)
+
+
+def test_a_task_of_another_host_is_left_to_it(launcher: LocalLauncher, make_task: MakeTask, tmp_path: Path) -> None:
+    unseen = handle_of(launcher, make_task(), host="elsewhere", out=str(tmp_path / "unseen"))
+    with pytest.raises(ComputeError, match="works on host elsewhere"):
+        launcher.poll(unseen)
 
 
 def test_a_module_that_does_not_exist_fails_with_pythons_words(launcher: LocalLauncher, make_task: MakeTask) -> None:
