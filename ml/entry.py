@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.tracking import RunLog
+from infra.workspace import Workspace
 from ml.recipe import Recipe
 
 RESULT = "result.json"
@@ -109,6 +110,12 @@ def parse(argv: Sequence[str] | None, ops: Sequence[str], description: str) -> C
         options=dict(_pair(text) for text in args.option),
         log=RunLog(args.tracking_uri, args.run_id),
     )
+
+
+def lpips_weights(call: Call) -> Path:
+    """The LPIPS weights file: of the input `lpips` where the call has one, else the one in the workspace's cache."""
+    folder = call.input("lpips") if "lpips" in call.inputs else Workspace(call.workspace).cache / "lpips"
+    return folder / "alex.safetensors"
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -120,7 +120,7 @@ class Recipe(s.Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        problems = [*self._shape_problems(), *self._name_problems(), *self._model_problems()]
+        problems = [*self._shape_problems(), *self._name_problems(), *self._bucket_problems(), *self._model_problems()]
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
@@ -167,6 +167,26 @@ class Recipe(s.Section):
             problems.append("stages: a recipe needs at least one training stage")
         if not (self.autoencoder.stages or self.autoencoder.weights_uri):
             problems.append("autoencoder: give stages to train it, or weights_uri to load it")
+        if self.autoencoder.weights_uri and not self.autoencoder.stages and self.autoencoder.scale is None:
+            problems.append("autoencoder.scale: weights_uri without stages needs it, as only training measures it")
+        return problems
+
+    def _bucket_problems(self) -> list[str]:
+        """Latents are keyed by size and frames: two resolution names for the same ones would overwrite each other."""
+        problems: list[str] = []
+        names: dict[tuple[Size, int], str] = {}
+        cells = {(r, frames): None for stage in self.stages for r, kinds in stage.buckets.items() for frames in kinds}
+        for resolution, frames in cells:
+            try:
+                sizes = sizes_of(resolution, self.strides.pixels).values()
+            except ValueError:  # _shape_problem has named it
+                continue
+            for size in sizes:
+                first = names.setdefault((size, frames), resolution)
+                if first != resolution:
+                    problems.append(
+                        f"buckets: {first!r} and {resolution!r} are both {size} at {frames} frames; use one name"
+                    )
         return problems
 
     def _model_problems(self) -> list[str]:

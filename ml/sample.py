@@ -6,10 +6,11 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -23,7 +24,7 @@ from ml.batching.datasets import ClipDataset, LatentDataset, to_frames, to_video
 from ml.batching.video import Frames, read_clip, write_clip
 from ml.diffusion import guidance, solver, timesteps
 from ml.engines.plain import device_of
-from ml.entry import Call, CallError, parse
+from ml.entry import Call, CallError, lpips_weights, parse
 from ml.metrics import psnr, ssim
 from ml.models.lpips import load_lpips
 from ml.models.text import build_text_encoder
@@ -205,19 +206,20 @@ def measure_reconstruction(call: Call) -> None:
     originals = read_split(clips, recipe, "holdout", recipe.evaluation.loss_clips)
     if not originals:
         raise CallError("no held-out clip has the frames and pixels that the autoencoder is measured at")
+    seen = read_split(clips, recipe, "train", None)
+    if not seen:
+        raise CallError("no training clip has the frames and pixels that the mean frame is taken at: add footage")
+    means = mean_frames(seen, [clip.shape[1:3] for clip in originals])
     with torch.inference_mode():
         passed = [autoencoder.decode(autoencoder.encode(to_video([clip]).to(device))).cpu() for clip in tqdm(originals)]
     rebuilt = [to_frames(video)[0] for video in passed]
-    means = mean_frames(read_split(clips, recipe, "train", None))
-    lpips, reason = lpips_of(Workspace(call.workspace).cache / "lpips" / "alex.safetensors", originals, rebuilt)
+    lpips, reason = lpips_of(call, originals, rebuilt)
     document = {
         "psnr": average([psnr(a, b) for a, b in zip(originals, rebuilt, strict=True)]),
         "ssim": average([ssim(a, b) for a, b in zip(originals, rebuilt, strict=True)]),
         "lpips": lpips,
         "lpips_reason": reason,
-        "psnr_mean_frame": average(
-            [psnr(a, still(means[a.shape[1:3]], a)) for a in originals if a.shape[1:3] in means]
-        ),
+        "psnr_mean_frame": average([psnr(a, still(means[a.shape[1:3]], a)) for a in originals]),
         "psnr_own_mean_frame": average([psnr(a, still(a.mean(0), a)) for a in originals]),
         "num_clips": len(originals),
     }
@@ -246,12 +248,18 @@ def read_split(clips: ClipDataset, recipe: Recipe, split: str, most: int | None)
     return found
 
 
-def mean_frames(clips: Sequence[Frames]) -> dict[tuple[int, ...], np.ndarray]:
-    """Mean picture of all frames of all clips of one size, by size: what is known without seeing the input."""
-    sizes: dict[tuple[int, ...], list[np.ndarray]] = {}
-    for clip in clips:
-        sizes.setdefault(clip.shape[1:3], []).append(clip.mean(0))
-    return {size: np.mean(found, axis=0) for size, found in sizes.items()}
+def mean_frames(clips: Sequence[Frames], sizes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], np.ndarray]:
+    """Mean picture of all frames of all clips of each size (H, W): what is known without seeing the input.
+
+    For a size that no clip has, the clips of every size are averaged, resized to it.
+    """
+    frames = [clip.mean(0) for clip in clips]
+    means: dict[tuple[int, ...], np.ndarray] = {}
+    for size in set(sizes):
+        same = [frame for frame in frames if frame.shape[:2] == size]
+        area = cv2.INTER_AREA
+        means[size] = np.mean(same or [cv2.resize(f, size[::-1], interpolation=area) for f in frames], axis=0)
+    return means
 
 
 def still(frame: np.ndarray, like: Frames) -> np.ndarray:
@@ -259,9 +267,13 @@ def still(frame: np.ndarray, like: Frames) -> np.ndarray:
     return np.broadcast_to(frame, like.shape)
 
 
-def lpips_of(path: Path, originals: Sequence[Frames], rebuilt: Sequence[Frames]) -> tuple[float | None, str]:
-    """Mean LPIPS over frames and clips; None with the reason when there are no weights for it."""
-    if not path.is_file():
+def lpips_of(call: Call, originals: Sequence[Frames], rebuilt: Sequence[Frames]) -> tuple[float | None, str]:
+    """Mean LPIPS over frames and clips; None with the reason when the call was given no weights and none are cached.
+
+    Raises LpipsError when the weights that the call was given are not there.
+    """
+    path = lpips_weights(call)
+    if "lpips" not in call.inputs and not path.is_file():
         return None, f"no weights at cache/lpips/{path.name}"
     network = load_lpips(path)
     with torch.inference_mode():

@@ -102,7 +102,10 @@ class Tier(Section):
 
 
 class Dataset(Section):
-    """The frozen dataset: held-out share (split by video, so no shot leaks) and tiers."""
+    """The frozen dataset: held-out share and tiers.
+
+    Whole shots are held out: a long video gives one unbroken block of them, any other goes whole to one side.
+    """
 
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)]
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1)]
@@ -155,7 +158,10 @@ class AutoencoderStage(Section):
 
 
 class Autoencoder(Section):
-    """Causal video autoencoder of the HunyuanVideo kind; `scale` multiplies latents, measured if None."""
+    """Causal video autoencoder of the HunyuanVideo kind; `scale` multiplies latents.
+
+    A `scale` of None is measured after training; weights that are only loaded (`weights_uri`, no stages) need it given.
+    """
 
     kind: Literal["hunyuan"]
     channels: Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)]

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from infra.workspace import Workspace
 from ml.batching.buckets import Bucketing
 from ml.batching.datasets import AutoencoderClips, ClipDataset, LatentDataset, batch_sizes
 from ml.batching.sampler import BatchStream, BucketSampler
 from ml.engines.plain import make_engine
-from ml.entry import Call, parse
+from ml.entry import Call, lpips_weights, parse
 from ml.models.autoencoders.hunyuan import build_autoencoder, load_autoencoder, save_autoencoder
 from ml.models.lpips import load_lpips
 from ml.models.mmdit import load_mmdit, save_mmdit
@@ -78,8 +77,8 @@ def train_autoencoder(call: Call) -> None:
     groups = clips.groups()
     sizes = dict.fromkeys(groups, stage.batch)
     sampler = BucketSampler(groups, sizes, plan.seed, engine.data_rank, engine.data_size)
-    lpips = Workspace(call.workspace).cache / "lpips" / "alex.safetensors"
-    objective = Reconstruction(stage.loss, load_lpips(lpips).to(engine.device) if stage.loss.perceptual else None)
+    lpips = load_lpips(lpips_weights(call)).to(engine.device) if stage.loss.perceptual else None
+    objective = Reconstruction(stage.loss, lpips)
     with BatchStream(sampler, clips.load) as stream:
         trainer = Trainer(engine, objective, stream, plan, call.log)
         trainer.fit()

@@ -17,7 +17,8 @@ from ml.sections import Captions
 PREAMBLE = re.compile(
     r"^\s*(?:(?:sure|certainly|okay|ok)[,.!:]\s*)?(?:here(?:'s| is) (?:a|the) (?:caption|description)[^:.]*[:.]\s*)?"
     r"(?:(?:in )?(?:the|this|these) (?:video|clip|image|images|footage|frames?)\s*"
-    r"(?:shows?|depicts?|features?|captures?|presents?|displays?|begins? with|opens? with|contains?|,)\s*(?:us\s+)?)",
+    r"(?:(?:shows?|depicts?|features?|captures?|presents?|displays?|begins? with|opens? with|contains?)\b|,)"
+    r"\s*(?:us\s+)?)?",
     re.IGNORECASE,
 )
 REFUSAL = re.compile(

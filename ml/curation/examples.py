@@ -75,7 +75,7 @@ def _splits(recipe: Recipe, group: pd.DataFrame) -> list[str]:
     if len(shots) < LONG_VIDEO_SHOTS:
         return ["holdout" if chance < recipe.dataset.holdout_fraction else "train"] * len(group)
     block = max(1, round(len(shots) * recipe.dataset.holdout_fraction))
-    start = int(chance * (len(shots) - block))
+    start = int(chance * (len(shots) - block + 1))
     held = set(shots[start : start + block])
     return ["holdout" if shot in held else "train" for shot in group["shot_id"]]
 

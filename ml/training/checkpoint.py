@@ -59,7 +59,7 @@ class CheckpointStore:
         self.folder, self.identity, self.keep = folder, identity, keep
 
     def save(self, engine: Engine, ema: EMA | None, progress: Progress) -> Path:
-        """Write a checkpoint (every rank calls this), prune older ones, and return its folder."""
+        """Write a checkpoint (every rank calls this), drop later and too many older ones, and return its folder."""
         place = self.folder / f"step-{progress.step:08d}"
         partial = place.with_suffix(".partial")
         if engine.is_main:
@@ -75,7 +75,7 @@ class CheckpointStore:
             self._seal(partial, progress)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
-            self._prune()
+            self._prune(place)
         engine.barrier()
         return place
 
@@ -118,8 +118,12 @@ class CheckpointStore:
         content = json.dumps({**state, "sha256": _digest(state)}, indent=1, sort_keys=True)
         (partial / STATE).write_text(content, encoding="utf-8")
 
-    def _prune(self) -> None:
-        for place in sorted(self.folder.glob("step-????????"), reverse=True)[self.keep :]:
+    def _prune(self, saved: Path) -> None:
+        # What lies beyond the step just saved was broken, or this run would have gone on from it: it must not take
+        # the place of a whole one.
+        places = sorted(self.folder.glob("step-????????"), reverse=True)
+        beyond = [place for place in places if place.name > saved.name]
+        for place in [*beyond, *places[len(beyond) + self.keep :]]:
             shutil.rmtree(place)
 
 

@@ -16,8 +16,13 @@ SCALE_BATCHES = 25
 
 
 def open_autoencoder(recipe: Recipe, folder: Path) -> VideoAutoencoder:
-    """The frozen autoencoder of a step folder, trained or imported; raises CheckpointMismatch for another recipe's."""
-    return load_autoencoder(folder, recipe.autoencoder, recipe.id).eval().requires_grad_(False)
+    """The frozen autoencoder of a step folder, trained or imported, which tiles large inputs to bound memory.
+
+    Raises CheckpointMismatch for another recipe's.
+    """
+    autoencoder = load_autoencoder(folder, recipe.autoencoder, recipe.id).eval().requires_grad_(False)
+    autoencoder.tile(True)
+    return autoencoder
 
 
 def open_transformer(recipe: Recipe, folder: Path | None) -> MMDiT:

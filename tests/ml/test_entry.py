@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ml.entry import CallError, parse
+from ml.entry import CallError, lpips_weights, parse
 from ml.recipe import Recipe
 
 
@@ -54,3 +54,10 @@ def test_the_data_version_moves_with_the_data_and_not_with_pictures(tmp_path: Pa
 def test_a_pair_without_equals_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CallError, match="'oops' is not NAME=VALUE"):
         parse(arguments(tmp_path, "--option", "oops"), ["clips"], "")
+
+
+def test_lpips_weights_are_the_inputs_or_else_the_caches(tmp_path: Path) -> None:
+    given = parse(arguments(tmp_path, "--input", "lpips=weights"), ["clips"], "")
+    assert lpips_weights(given) == Path("weights") / "alex.safetensors"
+    cached = tmp_path / "cache" / "lpips" / "alex.safetensors"
+    assert lpips_weights(parse(arguments(tmp_path), ["clips"], "")) == cached

@@ -95,6 +95,21 @@ def test_a_gate_on_a_dimension_that_is_not_run_is_refused(document: dict[str, An
     assert "unknown metric 'vbench/scene'" in refusal(document)
 
 
+def test_weights_that_are_only_loaded_need_their_scale(document: dict[str, Any]) -> None:
+    document["autoencoder"] |= {"stages": [], "weights_uri": "weights/mine.safetensors", "scale": None}
+    assert "autoencoder.scale: weights_uri without stages needs it" in refusal(document)
+    document["autoencoder"]["scale"] = 0.5
+    assert Recipe.validate_document(document, "r").autoencoder.scale == 0.5
+
+
+def test_two_names_of_one_bucket_are_refused_even_across_stages(document: dict[str, Any]) -> None:
+    assert "17" in document["stages"][0]["buckets"]["64px"]
+    document["stages"][1]["buckets"] = {"48x80": {"17": {"keep": 1.0, "batch": 2}}}
+    assert "buckets: '64px' and '48x80' are both 48x80 at 17 frames; use one name" in refusal(document)
+    document["stages"][1]["buckets"] = {"48x80": {"21": {"keep": 1.0, "batch": 2}}}
+    Recipe.validate_document(document, "r")
+
+
 def test_unknown_names_point_to_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean 'v2_0'"):
         find("v2.0")
@@ -122,7 +137,7 @@ def test_broken_documents_are_named(tmp_path: Path) -> None:
 
 def test_the_digest_moves_with_its_own_sections_only(document: dict[str, Any]) -> None:
     before = Recipe.validate_document(document, "r")
-    document["curation"]["keep"]["thresholds"]["motion"]["min"] = 0.5
+    document["curation"]["keep"]["thresholds"]["motion"]["min"] = 0.75
     after = Recipe.validate_document(document, "r")
     assert before.digest("curation.keep") != after.digest("curation.keep")
     for section in ("curation.shots", "curation.scores", "stages.stage1", "model"):

@@ -16,6 +16,7 @@ from ml.batching.video import read_clip
 from ml.entry import Call, CallError
 from ml.metrics import psnr
 from ml.models.autoencoders.hunyuan import build_autoencoder, save_autoencoder
+from ml.models.lpips import LpipsError
 from ml.models.mmdit import save_mmdit
 from ml.models.weights import Origin
 from ml.recipe import Recipe
@@ -171,10 +172,15 @@ def test_reconstruction_stands_beside_its_baselines(
     assert found["psnr"] < found["psnr_mean_frame"] < found["psnr_own_mean_frame"]
     assert -1 < found["ssim"] < 0.5
     assert (call.out / "reconstruction.png").stat().st_size > 2000
+    given = replace(call, inputs={**call.inputs, "lpips": (footage.workspace / "lpips_alex",)})
+    with pytest.raises(LpipsError, match="lpips_alex"):
+        measure_reconstruction(given)
 
 
 def test_the_mean_frame_is_the_mean_of_all_frames() -> None:
     dark, bright = np.full((4, 2, 2, 3), 40, np.uint8), np.full((4, 2, 2, 3), 80, np.uint8)
-    frame = mean_frames([dark, bright])[2, 2]
+    means = mean_frames([dark, bright, np.full((4, 2, 4, 3), 90, np.uint8)], [(2, 2), (4, 2)])
+    frame = means[2, 2]
     assert frame.tolist() == [[[60.0] * 3] * 2] * 2
+    assert means[4, 2].tolist() == [[[70.0] * 3] * 2] * 4, "no clip is 4x2: the mean of all three, resized"
     assert psnr(dark, repeated(frame, dark)) == pytest.approx(20 * np.log10(255 / 20))

@@ -24,6 +24,10 @@ def still(colour: tuple[int, int, int]) -> Footage:
         ("A bus waits. A bus waits! It leaves.", "A bus waits. It leaves.", ("repeated_sentences",)),
         ("One two three four five six. Seven eight nine ten eleven. Twelve thirteen.", None, ("cut_to_length",)),
         ("A red bus on a road.", "A red bus on a road.", ()),
+        ("Sure, here is a caption: A dog runs.", "A dog runs.", ("preamble",)),
+        ("The clip captured at dusk shows a lake.", "The clip captured at dusk shows a lake.", ()),
+        ("The footage presented here is of a lake.", "The footage presented here is of a lake.", ()),
+        ("The video showcases a used car.", "The video showcases a used car.", ()),
     ],
 )
 def test_hygiene_mends_one_thing_and_says_which(text, expected, mended):

@@ -30,7 +30,7 @@ def tables(recipe: Recipe, long: int = 60, short: int = 4) -> tuple[pd.DataFrame
                     "keep": index % 5 != 4,
                     "reason": "" if index % 5 != 4 else "motion 0.0 < 0.02",
                     "duplicate_of": "",
-                    **{score: 100.0 + index for score in recipe.curation.scores},
+                    **{score: 100.0 + 10 * index for score in recipe.curation.scores},
                 }
             )
     curated = pd.DataFrame(rows)
@@ -60,6 +60,14 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order_of_rows(tiny_recipe:
     other = tiny_recipe.model_copy(update={"seed": 7})
     before, after = (build_examples(r, curated, captions)["split"] for r in (tiny_recipe, other))
     assert list(before) != list(after)
+
+
+def test_a_long_videos_last_shots_can_be_held_out_too(tiny_recipe: Recipe) -> None:
+    curated, captions = tables(tiny_recipe, long=42, short=0)
+    recipes = [tiny_recipe.model_copy(update={"seed": seed}) for seed in range(80)]
+    splits = [list(build_examples(recipe, curated, captions)["split"]) for recipe in recipes]
+    for place in (0, -1):
+        assert {split[place] for split in splits} == {"train", "holdout"}
 
 
 def test_an_empty_tier_names_the_threshold_to_relax(tiny_recipe: Recipe) -> None:

@@ -117,3 +117,7 @@ def test_every_take_of_the_sample_has_a_licence_a_digest_and_a_sentence():
     assert {take.licence for take in takes} <= {"CC-BY-3.0", "BSD-3-Clause", "CC0-1.0"}
     assert all(len(take.sha256) == 64 and take.text.endswith(".") for take in takes)
     assert len({take.filename for take in takes}) == len(takes)
+
+
+def test_the_film_stands_in_the_sample_once():
+    assert sum("Big Buck Bunny" in take.text for takes in sources.TAKES.values() for take in takes) == 1

@@ -110,6 +110,20 @@ def test_a_checkpoint_cut_short_is_passed_over(saved: tuple[CheckpointStore, Pla
         verify(store.folder / "step-00000003")
 
 
+def test_a_broken_branch_beyond_never_pushes_out_what_was_just_saved(tmp_path: Path) -> None:
+    store, made = CheckpointStore(tmp_path, WHO, keep=1), engine()
+    store.save(made, None, progress(100))
+    broken = tmp_path / "step-00000117"
+    broken.mkdir()
+    (broken / "state.json").write_text("{", encoding="utf-8")
+    assert store.newest() == tmp_path / "step-00000100"
+    store.save(made, None, progress(110))
+    assert names(store) == ["step-00000110"]
+    place = store.newest()
+    assert place is not None
+    assert store.load(place, engine(3), None) == progress(110)
+
+
 def test_another_recipes_checkpoints_are_refused_by_name(saved: tuple[CheckpointStore, PlainEngine, EMA]) -> None:
     store, _, _ = saved
     other = CheckpointStore(store.folder, Identity("v2_0-tiny", "stage1", "bbbb"), keep=2)

@@ -36,3 +36,18 @@ def test_the_measured_scale_makes_latents_of_deviation_one(mini: Recipe, tmp_pat
     assert float(latents.std()) == pytest.approx(1.0, abs=1e-3)
     save_autoencoder(tmp_path, network, Origin(mini.id, "vae_stage1"))
     assert open_autoencoder(mini, tmp_path).scale == network.scale
+
+
+@torch.no_grad()
+def test_an_opened_autoencoder_tiles_what_is_large_and_nothing_else(mini: Recipe, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = build_autoencoder(mini.autoencoder).eval()
+    save_autoencoder(tmp_path, plain, Origin(mini.id, "vae_stage1"))
+    opened = open_autoencoder(mini, tmp_path)
+    opened.scale = plain.scale = 1.0
+    for shape, same in (((33, 48, 80), True), ((17, 64, 128), True), ((1, 32, 320), False), ((81, 16, 16), False)):
+        video = torch.rand(1, 3, *shape) * 2 - 1
+        latent, tiled = plain.encode(video), opened.encode(video)
+        assert (torch.equal(latent, tiled), latent.shape) == (same, tiled.shape)
+        rebuilt = opened.decode(latent)
+        assert (torch.equal(plain.decode(latent), rebuilt), rebuilt.shape) == (same, video.shape)

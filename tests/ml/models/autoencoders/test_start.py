@@ -43,6 +43,14 @@ def test_colours_stay_in_their_channels(fresh: VideoAutoencoder) -> None:
 
 
 @torch.inference_mode()
+def test_residual_branches_start_at_nothing(fresh: VideoAutoencoder) -> None:
+    state = fresh.net.state_dict()
+    ends = [name for name in state if ".conv2.conv." in name or ".to_out.0." in name]
+    assert {name.rpartition(".")[2] for name in ends if "to_out" in name} == {"weight", "bias"}
+    assert not any(state[name].any() for name in ends)
+
+
+@torch.inference_mode()
 def test_the_posterior_starts_almost_without_noise(fresh: VideoAutoencoder) -> None:
     _, logvar = fresh.posterior(picture(0))
     torch.testing.assert_close(logvar, torch.full_like(logvar, FIRST_LOGVAR))
