@@ -64,7 +64,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 def _uv(*arguments: str) -> None:
     """Run uv; wheels that pip would look for in local folders are found as well, which uv does not do by itself."""
-    environment = dict(os.environ)
+    environment = {"UV_SYSTEM_CERTS": "true", **os.environ}  # trust what this system trusts, as pip does
     if "UV_FIND_LINKS" not in environment and "PIP_FIND_LINKS" in environment:
         environment["UV_FIND_LINKS"] = environment["PIP_FIND_LINKS"]
     command = [*_uv_command(), *arguments]

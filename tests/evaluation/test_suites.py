@@ -37,7 +37,7 @@ def test_bounds_come_from_the_recipe(recipe):
 
 
 def test_wanted_buckets_are_those_of_all_stages(recipe):
-    assert wanted_buckets(recipe) == ["64px/1", "64px/17", "64px/9", "96px/1", "96px/17", "96px/9"]
+    assert wanted_buckets(recipe) == ["64px/1", "64px/17", "64px/33", "96px/1", "96px/17"]
 
 
 def test_a_shared_corpus_has_no_recipe_and_any_licence_will_do():
