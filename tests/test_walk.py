@@ -218,7 +218,7 @@ def test_a_killed_stage_resumes_and_the_lost_attempt_is_on_the_bill(house: House
         os.kill(victim, signal.SIGKILL)
     process.wait()
     assert not (out / "result.json").exists()
-    reached = max(int(path.name.split("-")[1]) for path in (out / "checkpoints").glob("step-*"))
+    reached = max(int(path.name.split("-")[1]) for path in saved(out, "checkpoints"))
     house.say("run", "micro", "--job", "walk", "--select", "dit_stage1")
     assert house.folder_of("dit_stage1") == out, "the same command must go on in the same folder"
     assert house.folder_of("latents") == kept
@@ -238,11 +238,16 @@ def wait_for_checkpoint(house: House) -> Path:
     parent = house.workspace.root / "steps" / step.path()
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
-        for found in parent.glob("*/checkpoints/step-*"):
+        for found in saved(parent, "*/checkpoints"):
             if not (found.parents[1] / "result.json").exists():
                 return found.parents[1]
         time.sleep(0.05)
     raise AssertionError("no checkpoint was written in four minutes")
+
+
+def saved(folder: Path, below: str) -> list[Path]:
+    """Finished checkpoints: one that is still being written has another name."""
+    return [path for path in folder.glob(f"{below}/step-*") if path.name.removeprefix("step-").isdigit()]
 
 
 def task_processes(out: Path) -> list[int]:
