@@ -88,9 +88,9 @@ def test_recomputation_is_executed_but_is_not_model_work() -> None:
 
 
 def test_shares_of_steps_follow_the_bucketing_rule() -> None:
-    """Tiny stage 3: half of the clips (18 to 48 frames) go to 96px, the rest to 64px by length; so do the images."""
+    """Tiny stage 3: half of the clips (18 to 47 frames) go to 96px, the rest to 64px by length; so do the images."""
     shares = step_shares(TINY, TINY.stages[2])
-    long = len(range(33, 49)) / len(range(18, 49))
+    long = len(range(33, 48)) / len(range(18, 48))
     videos = {("96px", 17): 0.5 / 4, ("64px", 33): 0.5 * long / 4, ("64px", 17): 0.5 * (1 - long) / 8}
     steps = videos | {("96px", 1): 0.5 / 8, ("64px", 1): 0.5 / 16}
     assert shares == pytest.approx({cell: count / sum(steps.values()) for cell, count in steps.items()})
