@@ -216,7 +216,7 @@ def test_a_killed_stage_resumes_and_the_lost_attempt_is_on_the_bill(house: House
     out = wait_for_checkpoint(house)
     for victim in (*task_processes(out), process.pid):
         os.kill(victim, signal.SIGKILL)
-    process.wait()
+    process.communicate(timeout=60)
     assert not (out / "result.json").exists()
     reached = max(int(path.name.split("-")[1]) for path in saved(out, "checkpoints"))
     house.say("run", "micro", "--job", "walk", "--select", "dit_stage1")
