@@ -54,9 +54,6 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     dagster_port: Port = 3000
     mlflow_port: Port = 5000
-    site_port: Port = 8008
-    playground_port: Port = 7860
-    browser_port: Port = 7861
     arena_port: Port = 7862
     dagster_url: str = Field(default_factory=lambda data: f"http://{data['host']}:{data['dagster_port']}")
     mlflow_url: str = Field(default_factory=lambda data: _mlflow_url(data))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evaluation.report import Protocol
 from infra.settings import TELEMETRY_OFF
 from infra.tracking import Tracker
 from infra.workspace import Workspace
@@ -52,6 +53,34 @@ def tracker(empty_store: Path, workspace: Workspace) -> Tracker:
 def tiny_recipe() -> Recipe:
     """The recipe that walks the whole house on two CPU cores."""
     return Recipe.load("v2_0", "tiny")
+
+
+@pytest.fixture
+def protocol() -> Protocol:
+    """A protocol of the tiny recipe."""
+    return Protocol(
+        recipe="v2_0-tiny",
+        prompt_set="walk",
+        prompt_digest="0" * 16,
+        seeds=(0, 1),
+        resolution="96px",
+        aspect="16:9",
+        frames=17,
+        fps=12.0,
+        sampling_steps=20,
+        guidance_text=3.0,
+        guidance_image=3.0,
+        oscillate=True,
+        loss_timesteps=5,
+        loss_clips=16,
+        held_out_digest="1" * 16,
+        autoencoder_digest="2" * 16,
+        text_encoder_digest="3" * 16,
+        lpips_digest="4" * 16,
+        vbench_version="0.1.5",
+        torch_version="2.13.0",
+        device="CPU",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -26,34 +26,6 @@ GOOD = {
 
 
 @pytest.fixture
-def protocol(tiny_recipe: Recipe) -> Protocol:
-    digest = "0" * 16
-    return Protocol(
-        recipe=tiny_recipe.id,
-        prompt_set="walk",
-        prompt_digest=digest,
-        seeds=(0,),
-        resolution="96px",
-        aspect="16:9",
-        frames=17,
-        fps=12.0,
-        sampling_steps=20,
-        guidance_text=3.0,
-        guidance_image=3.0,
-        oscillate=True,
-        loss_timesteps=5,
-        loss_clips=16,
-        held_out_digest=digest,
-        autoencoder_digest=digest,
-        text_encoder_digest=digest,
-        lpips_digest=digest,
-        vbench_version="0.1.5",
-        torch_version="2.13.0",
-        device="CPU",
-    )
-
-
-@pytest.fixture
 def call_with(tmp_path: Path, tiny_recipe: Recipe, tracker: Tracker, protocol: Protocol) -> Callable[..., Call]:
     """Factory of calls whose report has these metrics, on a checkpoint that a finished run made."""
     folders = {name: tmp_path / name for name in ("report", "abc123", "dataset", "out")}
