@@ -1,0 +1,217 @@
+"""Hyper-parameters of every network, under the names that Open-Sora gives them, with the released values as defaults.
+
+A recipe's `model` and `autoencoder` sections are these classes, and the networks are built from them:
+`STDiT3(depth=28, hidden_size=1152)` and `model: {kind: stdit3, depth: 28, hidden_size: 1152}` say the same. Sizes that
+follow from other sections (`in_channels`, `caption_channels`, token lengths) are set by the recipe (`Recipe.network`).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ml.section import Fraction, Positive, PositiveFloat, Section
+
+Conditioning = Literal["none", "mask", "embed", "channels"]
+Patch = tuple[Literal[1], Positive, Positive]
+
+# --- transformers -------------------------------------------------------------------------------------------------
+
+
+class SpatialTemporal(Section):
+    """What STDiT, STDiT-2 and STDiT-3 share (om/stdit, 1.0 to 1.3); `patch_size` is (t, h, w)."""
+
+    in_channels: Positive = 4
+    patch_size: Patch = (1, 2, 2)
+    hidden_size: Positive = 1152
+    depth: Positive = 28
+    num_heads: Positive = 16
+    mlp_ratio: PositiveFloat = 4.0
+    class_dropout_prob: Fraction = 0.1
+    pred_sigma: bool = True
+    drop_path: Fraction = 0.0
+    caption_channels: Positive = 4096
+    enable_flash_attn: bool | None = None
+    enable_layernorm_kernel: bool | None = None
+    enable_sequence_parallelism: bool = False
+
+    @property
+    def patch(self) -> int:
+        """Latent cells along one side of a token."""
+        return self.patch_size[1]
+
+    @property
+    def out_channels(self) -> int:
+        """Channels the network gives: the prediction, and as many for the variance."""
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+
+class STDiT(SpatialTemporal):
+    """Open-Sora 1.0; `space_scale` and `time_scale` stretch the sinusoidal positions (0.5 at 256 px, 1 at 512 px)."""
+
+    kind: Literal["stdit"] = "stdit"
+    input_size: tuple[Positive, Positive, Positive] = (16, 32, 32)
+    no_temporal_pos_emb: bool = False
+    model_max_length: Positive = 120
+    space_scale: PositiveFloat = 1.0
+    time_scale: PositiveFloat = 1.0
+    freeze: str | None = None
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """1.0 makes whole clips only."""
+        return "none"
+
+
+class STDiT2(SpatialTemporal):
+    """Open-Sora 1.1: RoPE before the q/k norm in temporal attention, embedders of size, aspect, length and rate."""
+
+    kind: Literal["stdit2"] = "stdit2"
+    input_size: tuple[Positive | None, Positive | None, Positive | None] = (None, None, None)
+    input_sq_size: Positive = 512
+    no_temporal_pos_emb: bool = False
+    model_max_length: Positive = 200
+    freeze: str | None = None
+    qk_norm: bool = True
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Given frames stay clean in the input, marked by `x_mask`."""
+        return "mask"
+
+
+class STDiT3(SpatialTemporal):
+    """Open-Sora 1.2, and with `kernel_size` (H, W, T; -1 = the whole axis) the windowed network of 1.3."""
+
+    kind: Literal["stdit3"] = "stdit3"
+    input_size: tuple[Positive | None, Positive | None, Positive | None] = (None, None, None)
+    input_sq_size: Positive = 512
+    force_pad_h_for_sp_size: int | None = None
+    model_max_length: Positive = 300
+    qk_norm: bool = True
+    qk_norm_legacy: bool = False
+    kernel_size: tuple[int, int, int] | None = None
+    use_spatial_rope: bool = False
+    only_train_temporal: bool = False
+    freeze_y_embedder: bool = False
+    skip_y_embedder: bool = False
+    skip_temporal: bool = False
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """1.2 marks clean frames; 1.3 embeds the given latents and their mask."""
+        return "mask" if self.kernel_size is None else "embed"
+
+
+class MMDiT(Section):
+    """Open-Sora 2.0 (om/mmdit/model.py, main); `in_channels` counts a whole token: latent channels x patch x patch."""
+
+    kind: Literal["mmdit"] = "mmdit"
+    in_channels: Positive = 64
+    vec_in_dim: Positive = 768
+    context_in_dim: Positive = 4096
+    hidden_size: Positive = 3072
+    mlp_ratio: PositiveFloat = 4.0
+    num_heads: Positive = 24
+    depth: Positive = 19
+    depth_single_blocks: Positive = 38
+    axes_dim: tuple[Positive, Positive, Positive] = (16, 56, 56)
+    theta: PositiveFloat = 10_000.0
+    qkv_bias: bool = True
+    guidance_embed: bool = False
+    cond_embed: bool = True
+    fused_qkv: bool = False
+    patch_size: Positive = 2
+    use_liger_rope: bool = True
+    grad_ckpt_settings: tuple[int, int] | None = None
+
+    @property
+    def patch(self) -> int:
+        """Latent cells along one side of a token."""
+        return self.patch_size
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """The given latent and its mask are further channels of every token."""
+        return "channels" if self.cond_embed else "none"
+
+
+Model = Annotated[STDiT | STDiT2 | STDiT3 | MMDiT, Field(discriminator="kind")]
+
+# --- autoencoders -------------------------------------------------------------------------------------------------
+
+
+class Latent(Section):
+    """How raw latents become those a transformer sees: (z - mean) / std * scale; empty = 0 and 1 for every channel."""
+
+    scale: PositiveFloat = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[PositiveFloat, ...] = ()
+
+
+class StableDiffusionNet(Section):
+    """Per-frame autoencoder of Stable Diffusion, under diffusers' names (`AutoencoderKL`)."""
+
+    kind: Literal["sd"] = "sd"
+    latent_channels: Positive = 4
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)] = (128, 256, 512, 512)
+    layers_per_block: Positive = 2
+    norm_num_groups: Positive = 32
+    micro_batch_size: Positive | None = None
+
+
+class OpenSoraV12Net(Section):
+    """OpenSora-VAE 1.2: a per-frame autoencoder, then a temporal one on its latents, 17 frames at a time."""
+
+    kind: Literal["opensora_v1_2"] = "opensora_v1_2"
+    latent_channels: Positive = 4
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)] = (128, 256, 512, 512)
+    layers_per_block: Positive = 2
+    norm_num_groups: Positive = 32
+    filters: Positive = 128
+    num_res_blocks: Positive = 4
+    channel_multipliers: tuple[Positive, ...] = (1, 2, 2, 4)
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    num_groups: Positive = 32
+    micro_frame_size: Positive = 17
+    micro_batch_size: Positive | None = None
+
+
+class OpenSoraV13Net(Section):
+    """OpenSora-VAE 1.3: one network for space and time, windows of 17 frames that share a frame."""
+
+    kind: Literal["opensora_v1_3"] = "opensora_v1_3"
+    latent_channels: Positive = 16
+    ch: Positive = 128
+    ch_mult: tuple[Positive, ...] = (1, 2, 4, 4)
+    num_res_blocks: Positive = 2
+    num_groups: Positive = 32
+    micro_frame_size: Positive = 17
+    temporal_overlap: bool = True
+
+
+class HunyuanNet(Section):
+    """The causal 4x8x8 autoencoder of HunyuanVideo, under diffusers' names (`AutoencoderKLHunyuanVideo`)."""
+
+    kind: Literal["hunyuan"] = "hunyuan"
+    latent_channels: Positive = 16
+    block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)] = (128, 256, 512, 512)
+    layers_per_block: Positive = 2
+    norm_num_groups: Positive = 32
+
+
+class DCAENet(Section):
+    """Video DC-AE, 4x32x32: six stages, of which the last `num_vit_stages` are linear-attention blocks."""
+
+    kind: Literal["dc_ae"] = "dc_ae"
+    latent_channels: Positive = 128
+    widths: Annotated[tuple[Positive, ...], Field(min_length=6, max_length=6)] = (128, 256, 512, 512, 1024, 1024)
+    encoder_depths: Annotated[tuple[Positive, ...], Field(min_length=6, max_length=6)] = (2, 2, 2, 3, 3, 3)
+    decoder_depths: Annotated[tuple[Positive, ...], Field(min_length=6, max_length=6)] = (3, 3, 3, 3, 3, 3)
+    num_vit_stages: Positive = 3
+    temporal_downsample: tuple[bool, ...] = (False, False, False, True, True, False)
+    attention_head_dim: Positive = 32
+
+
+AutoencoderNet = Annotated[
+    StableDiffusionNet | OpenSoraV12Net | OpenSoraV13Net | HunyuanNet | DCAENet, Field(discriminator="kind")
+]
