@@ -31,18 +31,16 @@ class Text:
 
     def expand(self, count: int) -> "Text":
         """One text [1,...] for `count` samples."""
-        return Text(
-            self.context.expand(count, -1, -1), self.pooled.expand(count, -1), self.mask.expand(count, -1)
-        )
+        return Text(self.context.expand(count, -1, -1), self.pooled.expand(count, -1), self.mask.expand(count, -1))
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Everything beside x and t. Pixels, frames and rate are of the clip, equal for the whole batch.
 
-    `condition` [B,C+1,t,h,w] is the mask (1 = given), then the given latent and zero elsewhere. `active` [B,t] bool says
-    which latent frames are being denoised (1.1, 1.2); None = all. `given` are the indices of given latent frames, equal
-    for the whole batch (1.3). `guidance` is for guidance-distilled networks.
+    `condition` [B,C+1,t,h,w] is the mask (1 = given), then the given latent and zero elsewhere. `active` [B,t] bool
+    says which latent frames are being denoised (1.1, 1.2); None = all. `given` are the indices of given latent frames,
+    equal for the whole batch (1.3). `guidance` is for guidance-distilled networks.
     """
 
     text: Text

@@ -45,7 +45,7 @@ class VideoAutoencoder(nn.Module):
 
     @abstractmethod
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and log variance (None without a posterior) of raw z, [B,C,t,h,w]; ValueError when strides do not fit."""
+        """Mean and log variance (None without one) of raw z, [B,C,t,h,w]; ValueError when strides do not fit."""
 
     @abstractmethod
     def rebuild(self, z: Tensor, frames: int) -> Tensor:
