@@ -1,29 +1,117 @@
-"""Attention against the plain softmax, in float64."""
+"""Every attention backend against the plain softmax in float64, and samples laid end to end against samples alone."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
-from ml.models.attention import attention
+from ml.models.attention import (
+    FLASH,
+    AttentionInput,
+    BackendMissing,
+    attention,
+    backends,
+    choose,
+    packed_attention,
+)
+
+CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _random(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, added: Tensor | float = 0.0) -> Tensor:
+    products = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + added
+    return torch.softmax(products, dim=-1) @ value
+
+
+def _packed(lengths: tuple[list[int], list[int]], head: int = 8) -> list[Tensor]:
+    queries, keys = (sum(side) for side in lengths)
+    return _random((queries, 3, head), (keys, 3, head), (keys, 3, head))
+
+
+@pytest.mark.parametrize("backend", [None, *backends()])
+@pytest.mark.parametrize("head", [24, 72, 128])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (5, 33), (130, 130)])
-def test_attention_is_the_plain_softmax(queries: int, keys: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, n, 24, generator=generator).double() for n in (queries, keys, keys))
-    plain = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(24), dim=-1) @ value
-    assert torch.allclose(attention(query, key, value), plain, atol=1e-12, rtol=0)
+def test_attention_is_the_plain_softmax(queries: int, keys: int, head: int, backend: str | None) -> None:
+    if backend in FLASH:
+        pytest.skip("on the CPU only sdpa runs; the GPU test covers the others")
+    query, key, value = _random((2, 3, queries, head), (2, 3, keys, head), (2, 3, keys, head))
+    found = attention(query, key, value, backend=backend)
+    assert torch.allclose(found, _plain(query, key, value), atol=1e-12, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", *FLASH])
+@pytest.mark.parametrize("head", [72, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_backend_agrees_with_the_plain_softmax_on_a_gpu(backend: str, head: int, dtype: torch.dtype) -> None:
+    """Outputs and gradients, batched and packed; a backend that is not installed is skipped by name."""
+    if backend not in backends():
+        pytest.skip(f"{backend} is not installed or not for this GPU")
+    lengths = ([100, 37, 163], [5, 300, 64])
+    for shapes, call in (
+        (_random(*[(2, 3, 130, head)] * 3), lambda *x: attention(*x, backend=backend)),
+        (_packed(lengths, head), lambda *x: packed_attention(*x, *lengths, backend=backend)),
+    ):
+        rounded = [x.to("cuda", dtype) for x in shapes]
+        exact = [x.double().cpu().requires_grad_() for x in rounded]
+        wanted = _plain(*exact) if exact[0].ndim == 4 else packed_attention(*exact, *lengths)
+        ours = [x.requires_grad_() for x in rounded]
+        found = call(*ours)
+        assert found.dtype == dtype
+        assert (found.double().cpu() - wanted).abs().max() < (4e-3 if dtype == torch.float16 else 3e-2)
+        wanted.square().sum().backward()
+        found.square().sum().backward()
+        for a, b in zip(ours, exact, strict=True):
+            assert (a.grad.double().cpu() - b.grad).norm() < 0.03 * b.grad.norm()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_lower_precision_stays_near(dtype: torch.dtype, tolerance: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 64, 24, generator=generator) for _ in range(3))
-    exact = attention(query.double(), key.double(), value.double())
+    query, key, value = _random(*[(2, 3, 64, 24)] * 3)
     found = attention(query.to(dtype), key.to(dtype), value.to(dtype))
     assert found.dtype == dtype
-    assert (found.double() - exact).abs().max() < tolerance
+    assert (found.double() - _plain(query, key, value)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 9), (2, 1, 1, 9), (5, 9), (1, 3, 5, 1)])
+def test_a_bool_mask_removes_keys_and_a_number_is_added(shape: tuple[int, ...]) -> None:
+    query, key, value = _random((2, 3, 5, 8), (2, 3, 9, 8), (2, 3, 9, 8))
+    (numbers,) = _random(shape, seed=1)
+    assert torch.allclose(attention(query, key, value, numbers), _plain(query, key, value, numbers), atol=1e-12)
+    real = numbers > -0.5
+    if shape[-1] == 9:
+        real[..., 0] = True
+        wanted = _plain(query, key, value, torch.where(real, 0.0, -torch.inf).double())
+        assert torch.allclose(attention(query, key, value, real), wanted, atol=1e-12)
+
+
+def test_an_added_mask_may_have_another_dtype() -> None:
+    query, key, value = (x.bfloat16() for x in _random(*[(1, 2, 4, 8)] * 3))
+    assert attention(query, key, value, torch.zeros(4, 4)).dtype == torch.bfloat16
+
+
+def test_a_query_without_keys_gets_zeros() -> None:
+    query, key, value = _random(*[(1, 2, 4, 8)] * 3)
+    real = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    real[..., 2, :] = False
+    out = attention(query, key, value, real)
+    assert (out[:, :, 2] == 0).all()
+    assert torch.allclose(out[:, :, 1], _plain(query, key, value)[:, :, 1])
 
 
 def test_every_query_sees_every_key() -> None:
@@ -31,3 +119,67 @@ def test_every_query_sees_every_key() -> None:
     query, key, value = (torch.ones(1, 1, 6, 4, requires_grad=True) for _ in range(3))
     attention(query, key, value)[0, 0, 0].sum().backward()
     assert (value.grad != 0).all()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        ([4, 4, 4], [7, 7, 7]),
+        ([6, 6, 6], [3, 9, 5]),
+        ([2, 5, 4], [4, 4, 4]),
+        ([3, 1, 60], [2, 40, 1]),
+        ([3, 4], [5, 0]),
+        ([30], [11]),
+        ([3, 0, 2], [4, 2, 4]),
+        ([3, 3], [0, 0]),
+    ],
+    ids=[
+        "equal",
+        "keys differ",
+        "queries differ",
+        "very unequal",
+        "no keys",
+        "one sample",
+        "no queries",
+        "no keys at all",
+    ],
+)
+def test_packed_samples_attend_as_they_would_alone(lengths: tuple[list[int], list[int]]) -> None:
+    query, key, value = _packed(lengths)
+    found = packed_attention(query, key, value, *lengths)
+    parts = (query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]))
+    alone = [_plain(*(x.transpose(0, 1) for x in row)).transpose(0, 1) for row in zip(*parts, strict=True)]
+    assert torch.allclose(found, torch.cat(alone), atol=1e-12)
+
+
+def test_no_gradient_passes_from_one_packed_sample_to_another() -> None:
+    lengths = ([5, 3], [4, 6])
+    query, key, value = (x.requires_grad_() for x in _packed(lengths))
+    packed_attention(query, key, value, *lengths)[:5].sum().backward()
+    for x, own in ((query, 5), (key, 4), (value, 4)):
+        assert (x.grad[:own] != 0).any()
+        assert (x.grad[own:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "words"),
+    [([4, 4], [5, 5], "query lengths .* 9 tokens"), ([4, 5], [11, -1], "key lengths"), ([4, 5], [10], "one each")],
+)
+def test_lengths_that_do_not_fit_are_refused(queries: list[int], keys: list[int], words: str) -> None:
+    query, key, value = _random((9, 3, 8), (10, 3, 8), (10, 3, 8))
+    with pytest.raises(AttentionInput, match=words):
+        packed_attention(query, key, value, queries, keys)
+
+
+def test_sdpa_is_always_there_and_chosen_on_a_cpu() -> None:
+    assert backends()[-1] == "sdpa"
+    assert choose(CPU, torch.bfloat16, (1, 16, 64, 72), masked=False) == "sdpa"
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_a_backend_that_is_not_there_says_how_to_get_it(name: str) -> None:
+    query = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(BackendMissing, match=r"install|capability"):
+        attention(query, query, query, backend=name)
+    with pytest.raises(BackendMissing, match="'flash' is unknown; known are sdpa"):
+        attention(query, query, query, backend="flash")
