@@ -16,7 +16,7 @@ from ml.section import Fraction, Positive, PositiveFloat, Section
 
 # Kinds of given frames that a network of each conditioning is trained with; `t2v` is nothing given, everywhere
 # (`identity` in 1.1 and 1.2, `none` in 1.3). `intepolate` is the released spelling.
-CONDITION_KINDS: Mapping[Conditioning, tuple[str, ...]] = {
+KINDS: Mapping[Conditioning, tuple[str, ...]] = {
     "none": ("t2v",),
     "mask": (
         "t2v",
@@ -57,7 +57,7 @@ SAMPLED_KINDS: Mapping[Conditioning, tuple[str, ...]] = {
     "none": ("t2v",),
     "mask": ("t2v", "mask"),
     "embed": ("t2v", "mask", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail"),
-    "channels": CONDITION_KINDS["channels"],
+    "channels": KINDS["channels"],
 }
 SampledKind = Literal[
     "t2v", "mask", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"
