@@ -12,6 +12,7 @@ from pydantic import Field
 from ml.section import Fraction, Positive, PositiveFloat, Section
 
 Conditioning = Literal["none", "mask", "embed", "channels"]
+Freeze = Literal["not_temporal", "text"]
 Patch = tuple[Literal[1], Positive, Positive]
 
 # --- transformers -------------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ class STDiT(SpatialTemporal):
     model_max_length: Positive = 120
     space_scale: PositiveFloat = 1.0
     time_scale: PositiveFloat = 1.0
-    freeze: str | None = None
+    freeze: Freeze | None = None
 
     @property
     def conditioning(self) -> Conditioning:
@@ -70,8 +71,9 @@ class STDiT2(SpatialTemporal):
     input_sq_size: Positive = 512
     no_temporal_pos_emb: bool = False
     model_max_length: Positive = 200
-    freeze: str | None = None
+    freeze: Freeze | None = None
     qk_norm: bool = True
+    qk_norm_legacy: bool = True
 
     @property
     def conditioning(self) -> Conditioning:
