@@ -5,15 +5,17 @@ A recipe's `model` and `autoencoder` sections are these classes, and the network
 follow from other sections (`in_channels`, `caption_channels`, token lengths) are set by the recipe (`Recipe.network`).
 """
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ml.section import Fraction, Positive, PositiveFloat, Section
 
 Conditioning = Literal["none", "mask", "embed", "channels"]
 Freeze = Literal["not_temporal", "text"]
 Patch = tuple[Literal[1], Positive, Positive]
+SixFlags = Annotated[tuple[bool, ...], Field(min_length=6, max_length=6)]
 
 # --- transformers -------------------------------------------------------------------------------------------------
 
@@ -202,7 +204,11 @@ class HunyuanNet(Section):
 
 
 class DCAENet(Section):
-    """Video DC-AE, 4x32x32: six stages, of which the last `num_vit_stages` are linear-attention blocks."""
+    """Video DC-AE, 4x32x32: six stages, of which the last `num_vit_stages` are linear-attention blocks.
+
+    The shortcuts average and repeat whole groups of channels: a width divides four times the one before it, and is
+    divided by four times the one after it; the latent's channels divide the last width. Two halvings in time.
+    """
 
     kind: Literal["dc_ae"] = "dc_ae"
     latent_channels: Positive = 128
@@ -210,8 +216,26 @@ class DCAENet(Section):
     encoder_depths: Annotated[tuple[Positive, ...], Field(min_length=6, max_length=6)] = (2, 2, 2, 3, 3, 3)
     decoder_depths: Annotated[tuple[Positive, ...], Field(min_length=6, max_length=6)] = (3, 3, 3, 3, 3, 3)
     num_vit_stages: Positive = 3
-    temporal_downsample: tuple[bool, ...] = (False, False, False, True, True, False)
+    temporal_downsample: SixFlags = (False, False, False, True, True, False)
     attention_head_dim: Positive = 32
+
+    @model_validator(mode="after")
+    def _shortcuts_fit(self) -> "DCAENet":
+        for before, after in pairwise(self.widths):
+            if 4 * before % after or 4 * after % before:
+                raise ValueError(
+                    f"widths {before} and {after} cannot follow each other: each must divide 4 x the other"
+                )
+        if self.widths[-1] % self.latent_channels:
+            raise ValueError(f"latent_channels {self.latent_channels} must divide the last width {self.widths[-1]}")
+        odd = [w for w in self.widths[len(self.widths) - self.num_vit_stages :] if w % self.attention_head_dim]
+        if odd or self.num_vit_stages > len(self.widths):
+            raise ValueError(
+                f"attention_head_dim {self.attention_head_dim} must divide the attention widths, not {odd}"
+            )
+        if sum(self.temporal_downsample[:-1]) != 2 or self.temporal_downsample[-1]:
+            raise ValueError("temporal_downsample must name two of the first five stages: DC-AE is 4x in time")
+        return self
 
 
 AutoencoderNet = Annotated[

@@ -24,7 +24,7 @@ class Adversarial(Section):
     loss: Literal["hinge"] = "hinge"
     layers: Positive = 3
     channels: Positive = 64
-    lr: PositiveFloat = 1e-5
+    lr: PositiveFloat = 5e-6
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: Weight = 0.0
