@@ -21,11 +21,11 @@ from tqdm import tqdm
 from infra.storage import atomic_write, sha256_of
 from infra.workspace import Workspace
 from ml.batching.buckets import Bucketing, Cell
-from ml.batching.datasets import NULL, TAIL, TEXT_FILE, Clip, ClipDataset, to_video
+from ml.batching.datasets import HEAD, NULL, TAIL, TEXT_FILE, TEXT_PARTS, Clip, ClipDataset, to_video
 from ml.engines.plain import device_of
 from ml.entry import Call, parse
 from ml.manifest import LATENTS, stable_id
-from ml.models.autoencoders.hunyuan import VideoAutoencoder
+from ml.models.autoencoders.autoencoder import VideoAutoencoder
 from ml.models.text import TextEncoder, build_text_encoder
 from ml.models.weights import WEIGHTS
 from ml.recipe import Recipe
@@ -52,8 +52,8 @@ class Item:
 
     @property
     def key(self) -> str:
-        """Name of the tensor: `clip_id/HxW/T`."""
-        return f"{self.clip.footage.clip_id}/{self.cell.size}/{self.cell.frames}"
+        """Name of the tensor: `clip_id/resolution/HxW/T`."""
+        return f"{self.clip.footage.clip_id}/{self.cell}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,12 +72,13 @@ def encode_latents(call: Call) -> None:
     items = plan_items(recipe, clips)
     autoencoder = open_autoencoder(recipe, call.input("autoencoder")).to(device)
     digest = sha256_of(call.input("autoencoder") / WEIGHTS)[:16]
-    rows = encode_shards(call, items, clips, autoencoder, digest)
+    ends = recipe.model.conditioning in ("channels", "embed")
+    rows = encode_shards(call, items, clips, Encoder(autoencoder, ends, digest))
     text = build_text_encoder(recipe.text, Workspace(call.workspace).cache / "text", str(device))
     captions = {item.clip.footage.clip_id: item.clip.caption for item in items}
     encode_text(call.out / TEXT_FILE, text, captions)
     encoders: dict[str, dict[str, object]] = {
-        "autoencoder": {"kind": recipe.autoencoder.kind, "digest": digest, "scale": autoencoder.scale},
+        "autoencoder": {"kind": recipe.autoencoder.kind, "digest": digest, "latent": autoencoder.latent.model_dump()},
         "text": {"kind": recipe.text.kind, "digest": text.digest},
     }
     atomic_write(call.out / "encoders.json", json.dumps(encoders, indent=2, sort_keys=True))
@@ -106,27 +107,36 @@ def plan_items(recipe: Recipe, clips: ClipDataset) -> list[Item]:
     return sorted(found.values(), key=lambda item: (item.cell, item.key))
 
 
-def encode_shards(
-    call: Call, items: Sequence[Item], clips: ClipDataset, autoencoder: VideoAutoencoder, digest: str
-) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Encoder:
+    """What encodes: the autoencoder, whether first and last frames are encoded alone too, the digest of its weights."""
+
+    autoencoder: VideoAutoencoder
+    ends: bool
+    digest: str
+
+
+def encode_shards(call: Call, items: Sequence[Item], clips: ClipDataset, encoder: Encoder) -> pd.DataFrame:
     """Encode item by item into shards of `SHARD_ITEMS`; returns the rows of the latents table."""
     rows = []
     with tqdm(total=len(items), desc="latents", unit="clip", mininterval=1.0) as bar:
         for number, shard in enumerate(parts(items, SHARD_ITEMS)):
             name = f"latents-{number:05d}.safetensors"
-            wanted = stable_id(digest, *(item.key for item in shard))
+            wanted = stable_id(encoder.digest, encoder.ends, *(item.key for item in shard))
             if not is_finished(call.out / name, wanted):
-                write_tensors(call.out / name, dict(encode_items(shard, clips, autoencoder)), wanted)
-            rows += [row_of(item, name) for item in shard]
+                write_tensors(call.out / name, dict(encode_items(shard, clips, encoder)), wanted)
+            rows += [row_of(item, name, clips.bucketing.rate(item.clip.footage)) for item in shard]
             bar.update(len(shard))
             call.log.heartbeat()
     return pd.DataFrame(rows)
 
 
-def encode_items(
-    items: Iterable[Item], clips: ClipDataset, autoencoder: VideoAutoencoder
-) -> Iterator[tuple[str, Tensor]]:
-    """Latents [C,t,h,w] by key; of a video also its last frame encoded alone, [C,1,h,w], under `key/tail`."""
+def encode_items(items: Iterable[Item], clips: ClipDataset, encoder: Encoder) -> Iterator[tuple[str, Tensor]]:
+    """Latents [C,t,h,w] by key; where a network is told of given pictures, also a video's first and last frames.
+
+    Those are encoded alone, as a person gives them at sampling time: [C,1,h,w] under `key/head` and `key/tail`.
+    """
+    autoencoder = encoder.autoencoder
     device = next(autoencoder.parameters()).device
     for group in same_shape(items):
         cell = group[0].cell
@@ -135,13 +145,14 @@ def encode_items(
             video = to_video([clips.still(clip_id, cell.size) for clip_id in ids]).to(device)
         else:
             video = to_video([clips.read(clip_id, cell.size, cell.frames) for clip_id in ids]).to(device)
-        with torch.inference_mode():
-            latents = autoencoder.encode(video).float().cpu()
-            tails = autoencoder.encode(video[:, :, -1:]).float().cpu() if cell.frames > 1 else None
-        for index, item in enumerate(group):
-            yield item.key, latents[index].clone()
-            if tails is not None:
-                yield f"{item.key}/{TAIL}", tails[index].clone()
+        parts = {"": video}
+        if encoder.ends and cell.frames > 1:
+            parts |= {f"/{HEAD}": video[:, :, :1], f"/{TAIL}": video[:, :, -1:]}
+        for suffix, part in parts.items():
+            with torch.inference_mode():
+                latents = autoencoder.encode(part).float().cpu()
+            for index, item in enumerate(group):
+                yield f"{item.key}{suffix}", latents[index].clone()
 
 
 def same_shape(items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -158,7 +169,7 @@ def same_shape(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def encode_text(path: Path, encoder: TextEncoder, captions: dict[str, str]) -> None:
-    """Context and pooled vector of every caption, by clip id, and of the empty prompt."""
+    """Context, pooled vector and mask of every caption, by clip id, and of the empty prompt."""
     prompts = {NULL: "", **dict(sorted(captions.items()))}
     wanted = stable_id(encoder.digest, *prompts.items())
     if is_finished(path, wanted):
@@ -166,9 +177,9 @@ def encode_text(path: Path, encoder: TextEncoder, captions: dict[str, str]) -> N
     tensors: dict[str, Tensor] = {}
     with tqdm(total=len(prompts), desc="text", unit="caption", mininterval=1.0) as bar:
         for part in parts(list(prompts), TEXT_BATCH):
-            context, pooled = encoder.encode([prompts[name] for name in part])
+            text = encoder.encode([prompts[name] for name in part])
             for index, name in enumerate(part):
-                tensors |= {f"{name}/context": context[index].clone(), f"{name}/pooled": pooled[index].clone()}
+                tensors |= {f"{name}/{kind}": getattr(text, kind)[index].clone() for kind in TEXT_PARTS}
             bar.update(len(part))
     write_tensors(path, tensors, wanted)
 
@@ -193,7 +204,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], content: str) -> None:
     partial.replace(path)
 
 
-def row_of(item: Item, shard: str) -> dict[str, object]:
+def row_of(item: Item, shard: str, fps: float) -> dict[str, object]:
     """The row of an item in the latents table."""
     return {
         "key": item.key,
@@ -204,6 +215,7 @@ def row_of(item: Item, shard: str) -> dict[str, object]:
         "height": item.cell.size.height,
         "width": item.cell.size.width,
         "frames": item.cell.frames,
+        "fps": fps,
         "shard": shard,
         "stages": " ".join(item.stages),
     }

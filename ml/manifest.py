@@ -213,7 +213,7 @@ LATENTS = _table(
     "latents",
     "key",
     """
-key              str    tensor name in the shard: clip_id/HxW/T
+key              str    tensor name in the shard: clip_id/resolution/HxW/T
 clip_id          str    the clip
 split            str    train or holdout
 tiers            str    names of the tiers that hold it
@@ -221,6 +221,7 @@ resolution       str    bucket resolution name
 height           int    pixels before encoding
 width            int    pixels before encoding
 frames           int    frames before encoding
+fps              float  frames per second of the frames taken
 shard            str    safetensors file beside this table
 """,
 )

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
 from ml import sections as s
+from ml.architectures import MMDiT, Model
+from ml.processes import KINDS, SAMPLED_KINDS, Objective, Sampling, check_solver
 from ml.shapes import Size, Strides, sizes_of
 
 PACKAGED = Path(__file__).parent / "recipes"
@@ -38,10 +40,10 @@ class Recipe(s.Section):
     dataset: s.Dataset
     text: s.Text
     autoencoder: s.Autoencoder
-    model: s.MMDiT
-    objective: s.RectifiedFlow
+    model: Model
+    objective: Objective
     stages: tuple[s.Stage, ...]
-    sampling: s.Sampling
+    sampling: Sampling
     evaluation: s.Evaluation
     compute: s.ComputeByStep
     budget_usd: s.PositiveFloat
@@ -54,7 +56,23 @@ class Recipe(s.Section):
     @property
     def strides(self) -> Strides:
         """Pixels and frames per token."""
-        return Strides(self.autoencoder.temporal_stride, self.autoencoder.spatial_stride, self.model.patch)
+        pads = not isinstance(self.model, MMDiT)
+        return Strides(self.autoencoder.law, self.autoencoder.spatial_stride, self.model.patch, pads)
+
+    @property
+    def network(self) -> Model:
+        """The model section with the sizes that follow from the text encoder and the autoencoder filled in."""
+        text, channels = self.text, self.autoencoder.latent_channels
+        if isinstance(self.model, MMDiT):
+            token = channels * self.model.patch**2
+            sizes = {"in_channels": token, "vec_in_dim": text.pooled_dim, "context_in_dim": text.context_dim}
+        else:
+            sizes = {
+                "in_channels": channels,
+                "caption_channels": text.context_dim,
+                "model_max_length": text.max_tokens,
+            }
+        return self.model.model_copy(update=sizes)
 
     @property
     def phases(self) -> tuple[s.AutoencoderStage | s.Stage, ...]:
@@ -120,7 +138,8 @@ class Recipe(s.Section):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        problems = [*self._shape_problems(), *self._name_problems(), *self._bucket_problems(), *self._model_problems()]
+        problems = [*self._shape_problems(), *self._name_problems(), *self._weights_problems(), *self._model_problems()]
+        problems += [*self._condition_problems(), *self._gate_problems()]
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
@@ -144,11 +163,8 @@ class Recipe(s.Section):
             why = f"autoencoder stride {strides.spatial} x patch {strides.patch}"
             problems.append(f"{where}: shape {bad[0]} is not divisible by {strides.pixels} ({why}); use {down}")
         if not strides.encodes(frames):
-            low = max(0, frames - 1) // strides.temporal * strides.temporal + 1
-            hint = f"use {low} or {low + strides.temporal}"
-            problems.append(
-                f"{where}: {frames} frames cannot be encoded at {strides.temporal} frames per latent; {hint}"
-            )
+            hint = "use {} or {}".format(*strides.nearest(frames))
+            problems.append(f"{where}: {frames} frames cannot be encoded by {self.autoencoder.kind}; {hint}")
         return problems
 
     def _name_problems(self) -> list[str]:
@@ -165,45 +181,60 @@ class Recipe(s.Section):
             problems.append(f"threshold on {key!r}, which curation.scores does not compute{_nearest(key, scores)}")
         if not self.stages:
             problems.append("stages: a recipe needs at least one training stage")
-        if not (self.autoencoder.stages or self.autoencoder.weights_uri):
-            problems.append("autoencoder: give stages to train it, or weights_uri to load it")
-        if self.autoencoder.weights_uri and not self.autoencoder.stages and self.autoencoder.scale is None:
-            problems.append("autoencoder.scale: weights_uri without stages needs it, as only training measures it")
         return problems
 
-    def _bucket_problems(self) -> list[str]:
-        """Latents are keyed by size and frames: two resolution names for the same ones would overwrite each other."""
-        problems: list[str] = []
-        names: dict[tuple[Size, int], str] = {}
-        cells = {(r, frames): None for stage in self.stages for r, kinds in stage.buckets.items() for frames in kinds}
-        for resolution, frames in cells:
-            try:
-                sizes = sizes_of(resolution, self.strides.pixels).values()
-            except ValueError:  # _shape_problem has named it
-                continue
-            for size in sizes:
-                first = names.setdefault((size, frames), resolution)
-                if first != resolution:
-                    problems.append(
-                        f"buckets: {first!r} and {resolution!r} are both {size} at {frames} frames; use one name"
-                    )
+    def _weights_problems(self) -> list[str]:
+        """Where the autoencoder comes from, and what its stages may train."""
+        autoencoder, problems = self.autoencoder, []
+        if not (autoencoder.stages or autoencoder.weights_uri):
+            problems.append("autoencoder: give stages to train it, or weights_uri to load it")
+        if autoencoder.weights_uri and not autoencoder.stages and autoencoder.latent is None:
+            problems.append("autoencoder.latent: weights_uri without stages needs it, as only training measures it")
+        for stage in autoencoder.stages:
+            if stage.part != "all" and autoencoder.kind != "opensora_v1_2":
+                problems.append(f"autoencoder.stages.{stage.name}: {autoencoder.kind} has no {stage.part} part to train")
+        for name in ("mean", "std"):
+            given = len(getattr(autoencoder.latent, name)) if autoencoder.latent else 0
+            if given not in (0, autoencoder.latent_channels):
+                problems.append(
+                    f"autoencoder.latent.{name}: {given} values for {autoencoder.latent_channels} latent channels"
+                )
         return problems
 
     def _model_problems(self) -> list[str]:
-        problems, model = [], self.model
-        if model.width % model.heads:
-            problems.append(f"model: width {model.width} is not divisible by {model.heads} heads")
-        elif sum(model.rope_axes) != model.width // model.heads:
-            problems.append(
-                f"model: rope_axes sum to {sum(model.rope_axes)}, head size is {model.width // model.heads}"
-            )
-        problems += [
+        model = self.model
+        if model.hidden_size % model.num_heads:
+            return [f"model: hidden_size {model.hidden_size} is not divisible by {model.num_heads} heads"]
+        head = model.hidden_size // model.num_heads
+        if isinstance(model, MMDiT) and sum(model.axes_dim) != head:
+            return [f"model: axes_dim sum to {sum(model.axes_dim)}, head size is {head}"]
+        return []
+
+    def _condition_problems(self) -> list[str]:
+        """Kinds of given frames are those of the network's generation; the solver is one of the objective's."""
+        known, problems = KINDS[self.model.conditioning], []
+        for stage in self.stages:
+            for kind in stage.conditions:
+                if kind not in known:
+                    where = f"stages.{stage.name}.conditions"
+                    problems.append(f"{where}: {self.model.kind} knows no {kind!r}{_nearest(kind, known)}")
+        sampled = SAMPLED_KINDS[self.model.conditioning]
+        if self.sampling.condition not in sampled:
+            near = _nearest(self.sampling.condition, sampled)
+            problems.append(f"sampling.condition: {self.model.kind} knows no {self.sampling.condition!r}{near}")
+        try:
+            check_solver(self.objective, self.sampling)
+        except ValueError as error:
+            problems.append(f"sampling.solver: {error}")
+        return problems
+
+    def _gate_problems(self) -> list[str]:
+        return [
             f"evaluation.gate: unknown metric {rule.metric!r}; a VBench dimension needs evaluation.vbench_dimensions"
             for rule in self.evaluation.gate
             if rule.metric.startswith("vbench/")
             and rule.metric.removeprefix("vbench/") not in self.evaluation.vbench_dimensions
         ]
-        return problems
 
 
 def find(name: str, folders: tuple[Path, ...] = ()) -> Path:
@@ -253,10 +284,10 @@ def _overlay(base: Any, over: Any) -> Any:
 def _explain(error: ValidationError, document: Any) -> list[str]:
     lines: list[str] = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        parts, known = _place(problem["loc"])
+        where = ".".join(parts)
         if problem["type"] == "extra_forbidden":
-            known = _siblings(problem["loc"])
-            lines.append(f"{where}: unknown key{_nearest(str(problem['loc'][-1]), known)}")
+            lines.append(f"{where}: unknown key{_nearest(parts[-1], known)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: required, and missing")
         else:
@@ -264,24 +295,28 @@ def _explain(error: ValidationError, document: Any) -> list[str]:
     return lines
 
 
-def _siblings(loc: tuple[int | str, ...]) -> list[str]:
-    """Keys that the schema knows where an unknown one was found."""
+def _place(loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The keys that lead to a problem, without pydantic's names of union members, and the keys known where it lies."""
     model: Any = Recipe
-    for part in loc[:-1]:
-        if isinstance(part, int):
+    choices: dict[str, Any] = {}
+    parts = []
+    for number, part in enumerate(loc):
+        if str(part) in choices:  # the name of a union's member
+            model, choices = choices[str(part)], {}
             continue
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        inner = _model_of(field.annotation) if field else model
-        model = inner or model
-    return list(model.model_fields)
+        parts.append(str(part))
+        if isinstance(part, str) and number < len(loc) - 1 and part in model.model_fields:
+            found = _models_of(model.model_fields[part].annotation)
+            model = found[0] if found else model
+            choices = {kind.model_fields["kind"].default: kind for kind in found} if len(found) > 1 else {}
+    return parts, list(model.model_fields)
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as `tuple[Stage, ...]` or `Section | None`."""
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes inside an annotation such as `tuple[Stage, ...]`, `Section | None` or a union by kind."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = [_model_of(arg) for arg in getattr(annotation, "__args__", ())]
-    return next((model for model in reversed(found) if model), None)
+        return [annotation]
+    return [model for arg in getattr(annotation, "__args__", ()) for model in _models_of(arg)]
 
 
 def user_folders() -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ def import_autoencoder(call: Call) -> None:
     The path is relative to the workspace. Raises CallError when it is not there, CheckpointMismatch when a name or a
     shape differs.
     """
-    from ml.models.autoencoders.hunyuan import load_released, save_autoencoder
+    from ml.models.autoencoders.registry import load_released, save_autoencoder
     from ml.models.weights import Origin
 
     section = call.recipe.autoencoder
@@ -21,7 +21,7 @@ def import_autoencoder(call: Call) -> None:
             "the released file there, or give the recipe autoencoder.stages to train its own"
         )
     autoencoder = load_released(section, path)
-    save_autoencoder(call.out, autoencoder, Origin(call.recipe.id, "released"))
+    save_autoencoder(call.out, autoencoder, section.net, Origin(call.recipe.id, "released"))
     parameters = sum(tensor.numel() for tensor in autoencoder.net.state_dict().values())
     facts = {"source": str(section.weights_uri), "source_sha256": sha256_of(path)}
     call.finish({"num_parameters": parameters}, facts=facts, data=["weights.safetensors", "model.json"])

@@ -5,18 +5,12 @@ Everything is frozen and refuses unknown keys. A section says what is wanted; `m
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, strict about keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from ml.architectures import AutoencoderNet, Latent
+from ml.reconstruction import AutoencoderLoss
+from ml.section import Fraction, Name, Positive, PositiveFloat, Section
+from ml.shapes import Law
 
 
 class Range(Section):
@@ -115,111 +109,109 @@ class Dataset(Section):
 
 
 class Text(Section):
-    """Text encoder: `t5_clip` is T5 v1.1 XXL plus CLIP-L pooled (2.0); `minilm` is the packaged all-MiniLM-L6-v2."""
+    """Text encoder, its token length and the sizes of what it gives.
 
-    kind: Literal["t5_clip", "minilm"]
+    `t5` is T5 v1.1 XXL (1.0 to 1.3, nothing pooled), `t5_clip` that and CLIP-L pooled (2.0), `minilm` the packaged
+    all-MiniLM-L6-v2, which fits a laptop.
+    """
+
+    kind: Literal["t5", "t5_clip", "minilm"]
     max_tokens: Positive
     context_dim: Positive
-    pooled_dim: Positive
+    pooled_dim: Annotated[int, Field(ge=0)]
 
 
 class Adam(Section):
-    """AdamW, with a linear warm-up of `warmup_steps`."""
+    """AdamW, with a linear warm-up of `warmup_steps`; then constant, or a cosine down to zero at the last step."""
 
     lr: PositiveFloat
     eps: PositiveFloat
     betas: tuple[Fraction, Fraction]
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
-
-
-class AutoencoderLoss(Section):
-    """Weights of the reconstruction (L1), perceptual (LPIPS) and KL terms."""
-
-    reconstruction: PositiveFloat
-    perceptual: Annotated[float, Field(ge=0)]
-    kl: Annotated[float, Field(ge=0)]
+    schedule: Literal["constant", "cosine"] = "constant"
 
 
 class AutoencoderStage(Section):
-    """One training phase of the autoencoder."""
+    """One training phase of the autoencoder.
+
+    `part` is what is trained: all of it, or one half of a two-stage network while the other stands still. A batch is
+    images with probability `image_fraction`; clips have `frames` frames, or any length up to it that can be encoded
+    where `random_frames` is set.
+    """
 
     name: Name
     tier: Name
+    part: Literal["all", "spatial", "temporal"] = "all"
     steps: Positive
     resolution: str
     frames: Positive
+    random_frames: bool = False
     image_fraction: Fraction
     batch: Positive
     optimizer: Adam
+    ema_decay: Fraction | None = None
     loss: AutoencoderLoss
     checkpoint_every: Positive
     compute: Compute
 
 
-class Autoencoder(Section):
-    """Causal video autoencoder of the HunyuanVideo kind; `scale` multiplies latents.
+# (law of time, pixels along one side of a latent cell) of every kind of autoencoder.
+GEOMETRY: dict[str, tuple[Law, int]] = {
+    "sd": ("frame", 8),
+    "opensora_v1_2": ("micro", 8),
+    "opensora_v1_3": ("window", 8),
+    "hunyuan": ("causal", 8),
+    "dc_ae": ("group", 32),
+}
 
-    A `scale` of None is measured after training; weights that are only loaded (`weights_uri`, no stages) need it given.
+
+class Autoencoder(Section):
+    """The autoencoder: its network, how its latents are normalised, and where its weights come from.
+
+    A `latent` of None is measured after training; weights that are only loaded (`weights_uri`, no stages) need it
+    given.
     """
 
-    kind: Literal["hunyuan"]
-    channels: Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)]
-    layers_per_block: Positive
-    norm_groups: Positive
-    latent_channels: Positive
-    temporal_stride: Literal[4]
-    spatial_stride: Literal[8]
-    scale: PositiveFloat | None
+    net: AutoencoderNet
+    latent: Latent | None
     weights_uri: str | None
     stages: tuple[AutoencoderStage, ...]
 
+    @property
+    def kind(self) -> str:
+        """Kind of network."""
+        return self.net.kind
 
-# --- model, objective, stages -------------------------------------------------------------------------------------
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of a latent."""
+        return self.net.latent_channels
 
+    @property
+    def law(self) -> Law:
+        """How it shortens time."""
+        return GEOMETRY[self.kind][0]
 
-class MMDiT(Section):
-    """Multi-modal diffusion transformer of 2.0 (11.89B parameters at the published size)."""
-
-    kind: Literal["mmdit"]
-    width: Positive
-    heads: Positive
-    double_blocks: Positive
-    single_blocks: Positive
-    mlp_ratio: PositiveFloat
-    rope_axes: tuple[Positive, Positive, Positive]
-    rope_theta: PositiveFloat
-    patch: Positive
-    guidance_embed: bool
-    condition_embed: bool
-
-
-class Shift(Section):
-    """Timestep shift: alpha is linear in latent tokens per frame, times sqrt(latent frames) for video."""
-
-    min_tokens: Positive
-    max_tokens: Positive
-    min_alpha: PositiveFloat
-    max_alpha: PositiveFloat
-    temporal: bool
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return GEOMETRY[self.kind][1]
 
 
-class RectifiedFlow(Section):
-    """Flow matching of 2.0: x_t = (1-t) x0 + (1-(1-sigma)(1-t)) x1, logit-normal t, shifted; text dropout."""
-
-    kind: Literal["rectified_flow"]
-    sigma_min: Annotated[float, Field(ge=0, lt=1)]
-    logit_mean: float
-    logit_std: PositiveFloat
-    shift: Shift
-    drop_context: Fraction
-    drop_pooled: Fraction
+# --- stages -------------------------------------------------------------------------------------------------------
 
 
 class Bucket(Section):
-    """Keep probability and batch size of one (resolution, frames) cell."""
+    """One (resolution, frames) cell: probabilities and batch size.
+
+    A clip long enough takes this length with `keep_length`, else a shorter one; then it stays at this resolution with
+    `keep`, else it falls to the next lower one. (The second number of 1.2 and 1.3's tables is `keep_length`; that of
+    2.0 is its opposite, the probability to skip: od/bucket.py, 1.2 and main.)
+    """
 
     keep: Fraction
+    keep_length: Fraction = 1.0
     batch: Positive
 
 
@@ -243,13 +235,17 @@ class Published(Section):
 
 
 class Stage(Section):
-    """One training phase of the transformer, on the checkpoint of the phase before."""
+    """One training phase of the transformer, on the checkpoint of the phase before.
+
+    `conditions` are the kinds of given frames and their weights, by the names of the generation
+    (`ml.processes.KINDS`).
+    """
 
     name: Name
     tier: Name
     steps: Positive
     buckets: dict[str, dict[int, Bucket]]
-    conditions: dict[Literal["t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail"], Positive]
+    conditions: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
     optimizer: Adam
     ema_decay: Fraction | None
     checkpoint_every: Positive
@@ -261,19 +257,6 @@ class Stage(Section):
 
 
 # --- judgement ----------------------------------------------------------------------------------------------------
-
-
-class Sampling(Section):
-    """How samples are made: Euler steps, guidance scales, size, frames, frame rate."""
-
-    steps: Positive
-    guidance_text: PositiveFloat
-    guidance_image: PositiveFloat
-    oscillate: bool
-    resolution: str
-    aspect: str
-    frames: Positive
-    fps: PositiveFloat
 
 
 class Rule(Section):

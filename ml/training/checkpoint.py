@@ -1,6 +1,7 @@
 """Checkpoints: everything needed to go on exactly where training stopped, whole or not there at all.
 
     checkpoints/step-00000040/  master.safetensors  ema.safetensors  optimizer/  scheduler.pt  consumed.json  state.json
+                                objective/ (what an objective trains of its own: a discriminator)
 
 A checkpoint is written beside its place and renamed into it; `state.json` holds the sha256 of every other file and of
 itself, all checked before anything is loaded. Random numbers need no file: each step seeds its own generator from
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,7 @@ from ml.models.weights import CheckpointMismatch
 from ml.training.ema import EMA
 
 log = logging.getLogger(__name__)
-STATE, CONSUMED, AVERAGE = "state.json", "consumed.json", "ema.safetensors"
+STATE, CONSUMED, AVERAGE, OBJECTIVE = "state.json", "consumed.json", "ema.safetensors", "objective"
 
 
 class CheckpointError(ValueError):
@@ -52,14 +53,36 @@ class Progress:
     consumed: Mapping[str, int]
 
 
+class Stateful(Protocol):
+    """What an objective keeps between steps, if anything."""
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder, whole."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take it back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint is made of beside progress: engine, average of the weights, and the objective's own state."""
+
+    engine: Engine
+    ema: EMA | None
+    objective: Stateful
+
+
 class CheckpointStore:
     """The checkpoints of one training run, in one folder; the newest `keep` of them."""
 
     def __init__(self, folder: Path, identity: Identity, keep: int) -> None:
         self.folder, self.identity, self.keep = folder, identity, keep
 
-    def save(self, engine: Engine, ema: EMA | None, progress: Progress) -> Path:
+    def save(self, parts: Parts, progress: Progress) -> Path:
         """Write a checkpoint (every rank calls this), drop later and too many older ones, and return its folder."""
+        engine, ema = parts.engine, parts.ema
         place = self.folder / f"step-{progress.step:08d}"
         partial = place.with_suffix(".partial")
         if engine.is_main:
@@ -71,6 +94,8 @@ class CheckpointStore:
         if engine.is_main:
             if average is not None:
                 save_file({name: tensor.contiguous() for name, tensor in average.items()}, partial / AVERAGE)
+            (partial / OBJECTIVE).mkdir()
+            parts.objective.save(partial / OBJECTIVE)
             (partial / CONSUMED).write_text(json.dumps(dict(progress.consumed), sort_keys=True), encoding="utf-8")
             self._seal(partial, progress)
             shutil.rmtree(place, ignore_errors=True)
@@ -98,11 +123,12 @@ class CheckpointStore:
             return place
         return None
 
-    def load(self, place: Path, engine: Engine, ema: EMA | None) -> Progress:
-        """Put a verified checkpoint back into engine and average, and say where it stands."""
-        engine.load(place)
-        if ema:
-            ema.restore(engine.scatter(load_file(place / AVERAGE)))
+    def load(self, place: Path, parts: Parts) -> Progress:
+        """Put a verified checkpoint back into engine, average and objective, and say where it stands."""
+        parts.engine.load(place)
+        if parts.ema:
+            parts.ema.restore(parts.engine.scatter(load_file(place / AVERAGE)))
+        parts.objective.load(place / OBJECTIVE)
         state = json.loads((place / STATE).read_text(encoding="utf-8"))
         consumed = json.loads((place / CONSUMED).read_text(encoding="utf-8"))
         return Progress(state["step"], state["sampler"], consumed)

@@ -1,5 +1,6 @@
-"""AdamW and its warm-up, from a recipe's optimizer section."""
+"""AdamW and its learning-rate law, from a recipe's optimizer section."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -27,11 +28,20 @@ def adamw(section: Adam) -> MakeOptimizer:
     return make
 
 
-def warm_up(section: Adam) -> MakeScheduler:
-    """Linear from lr / (warmup_steps + 1) in step 1 to lr in step warmup_steps + 1, then constant."""
+def schedule(section: Adam, steps: int) -> MakeScheduler:
+    """Linear from lr / (warmup_steps + 1) in step 1 to lr in step warmup_steps + 1, then as the recipe says.
+
+    `constant` stays there; `cosine` falls to zero after `steps` steps (1.3's stages 1, cfg/opensora-v1-3/train).
+    """
+
+    def factor(step: int) -> float:
+        if step < section.warmup_steps or section.schedule == "constant":
+            return min(1.0, (step + 1) / (section.warmup_steps + 1))
+        left = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, left)))
 
     def make(optimizer: Optimizer) -> LambdaLR:
-        return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (section.warmup_steps + 1)))
+        return LambdaLR(optimizer, factor)
 
     return make
 

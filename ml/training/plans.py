@@ -34,7 +34,7 @@ def stage_plan(recipe: Recipe, stage: Stage, out: Path) -> Plan:
 
 def autoencoder_plan(recipe: Recipe, stage: AutoencoderStage, out: Path) -> Plan:
     """How an autoencoder stage is trained into a folder."""
-    network = recipe.autoencoder.model_dump_json(exclude={"stages", "scale", "weights_uri"})
+    network = recipe.autoencoder.net.model_dump_json()
     return Plan(
         out=out,
         identity=_identity(recipe, stage, recipe.digest("seed"), network),
@@ -43,7 +43,7 @@ def autoencoder_plan(recipe: Recipe, stage: AutoencoderStage, out: Path) -> Plan
         accumulate=AUTOENCODER_ENGINE.accumulate,
         checkpoint_every=stage.checkpoint_every,
         keep_checkpoints=KEEP_AUTOENCODER_CHECKPOINTS,
-        ema_decay=None,
+        ema_decay=stage.ema_decay,
     )
 
 

@@ -1,51 +1,70 @@
-"""One training step of the transformer: where noise is added, the velocity is asked for, and the loss goes backward.
+"""One training step of the transformer: where noise is added, the network is asked, and the loss goes backward.
 
-`take_step` is the same for every objective; `FlowMatching` is Open-Sora 2.0's. Letters: B batch, C latent channels,
-t h w latent grid (the time of the flow is `times`), S text tokens, D width, P pooled width.
+`take_step` is the same for every objective; `Denoising` is that of every generation: the process (`ml/diffusion`) says
+how noise is added and what is learned of it, `ml/training/given.py` what the network is given of the clip. Letters: B
+batch, C latent channels, t h w latent grid (the time of the process is `times`), S text tokens, P pooled width.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ml.batching.datasets import LatentBatch
-from ml.diffusion import conditions, rectified_flow, timesteps
-from ml.diffusion.conditions import Kind
-from ml.diffusion.guidance import Text
+from ml.diffusion.process import Process, Shape
 from ml.engines.protocol import Engine
-from ml.sections import RectifiedFlow
+from ml.models.inputs import Denoiser, Inputs, Text, denoise
+from ml.shapes import Size, Strides
+from ml.training.given import Given, Giving
 
 Data = TypeVar("Data", contravariant=True)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The mean loss of a batch (to go backward from), and how much data it came from."""
+    """The mean loss of a batch (to go backward from), how much data it came from, and its terms, for the log."""
 
     value: Tensor
     examples: int
     tokens: int
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did: mean loss over its micro-batches, gradient norm before clipping, data it consumed."""
+    """What a step did: mean loss over its micro-batches, gradient norm before clipping, data it consumed, terms."""
 
     loss: float
     grad_norm: float
     examples: int
     tokens: int
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Objective(Protocol[Data]):
-    """What turns a batch into a loss; the only thing in which training the autoencoder and the transformer differ."""
+    """What turns a batch into a loss; the only thing in which training the autoencoder and the transformer differ.
+
+    Most keep nothing between steps; one that does (a discriminator) overrides the three last methods.
+    """
 
     def loss(self, engine: Engine, data: Data, generator: torch.Generator) -> Loss:
         """The loss of one micro-batch; every random number comes from `generator`."""
         ...
+
+    def begin(self, step: int) -> None:
+        """A step starts; steps count from 1."""
+        return
+
+    def save(self, folder: Path) -> None:
+        """Write what is kept between steps into a folder."""
+        return
+
+    def load(self, folder: Path) -> None:
+        """Take it back."""
+        return
 
 
 def take_step(
@@ -59,57 +78,94 @@ def take_step(
             engine.backward(loss.value / len(micro_batches))
         losses.append(loss)
     grad_norm = engine.step()
+    names = {name for loss in losses for name in loss.terms}
     return StepReport(
         loss=sum(float(loss.value.detach()) for loss in losses) / len(losses),
         grad_norm=grad_norm,
         examples=sum(loss.examples for loss in losses),
         tokens=sum(loss.tokens for loss in losses),
+        terms={name: _mean([loss.terms[name] for loss in losses if name in loss.terms]) for name in sorted(names)},
     )
 
 
-class FlowMatching:
-    """Rectified flow of Open-Sora 2.0: logit-normal times, shifted by size, text dropped per encoder, given frames.
+@dataclass(frozen=True)
+class Dropping:
+    """How often a text is dropped, each encoder's output by itself, and the empty prompt that then stands for it.
 
-    `kinds` are the condition kinds with their weights, `patch` the transformer's, `null` the embedded empty prompt
-    (context [S,D], pooled [P]) that stands for a dropped text.
+    `null` is a batch of one; a network that holds a null caption of its own (1.x) has its context there, and then a
+    dropped prompt keeps its mask, as it does at sampling time.
     """
 
-    def __init__(self, section: RectifiedFlow, kinds: Mapping[Kind, int], patch: int, null: Text) -> None:
-        self.section, self.kinds, self.patch, self.null = section, kinds, patch, null
+    context: float
+    pooled: float
+    null: Text
+    keeps_mask: bool
+
+    def apply(self, text: Text, generator: torch.Generator, always: Tensor | None = None) -> Text:
+        """The texts with some of them dropped; `always` [B] bool names samples that lose theirs in any case."""
+        draws = torch.rand(2, len(text.pooled), generator=generator, device=generator.device).cpu()
+        context, pooled = draws[0] < self.context, draws[1] < self.pooled
+        if always is not None:
+            context, pooled = context | always.cpu(), pooled | always.cpu()
+        mask = text.mask if self.keeps_mask else torch.where(context[:, None], self.null.mask, text.mask)
+        return Text(
+            torch.where(context[:, None, None], self.null.context, text.context),
+            torch.where(pooled[:, None], self.null.pooled, text.pooled),
+            mask,
+        )
+
+
+class Denoising(Objective[LatentBatch]):
+    """A batch of latents is noised and the network says what it should of it; given frames and dropped texts drawn."""
+
+    def __init__(
+        self, process: Process, network: Denoiser, giving: Giving, dropping: Dropping, strides: Strides
+    ) -> None:
+        self.process, self.network, self.giving = process, network, giving
+        self.dropping, self.strides = dropping, strides
 
     def loss(self, engine: Engine, data: LatentBatch, generator: torch.Generator) -> Loss:
-        """Mean squared error of the velocity over all latents [B,C,t,h,w], given ones included (2.0's default)."""
+        """Mean loss over a batch of latents [B,C,t,h,w]."""
         latents = data.latents.to(engine.device)
-        tokens_per_frame = latents.shape[3] * latents.shape[4] // self.patch**2
-        by = timesteps.alpha(self.section.shift, tokens_per_frame, latents.shape[2])
-        times = timesteps.draw(self.section, len(latents), by, generator)
+        shape = shape_of(data, self.strides)
+        times = self.process.draw(len(latents), shape, generator)
         noise = torch.randn(latents.shape, generator=generator, device=engine.device)
-        noisy = rectified_flow.interpolate(latents, noise, times, self.section.sigma_min)
-        text = self._drop(data.text, generator)
-        given = self._condition(data, generator)
-        velocity = engine.model(
-            noisy.to(engine.dtype),
-            times,
-            text.context.to(engine.device, engine.dtype),
-            text.pooled.to(engine.device, engine.dtype),
-            None if given is None else given.to(engine.device, engine.dtype),
-        )
-        wanted = rectified_flow.target(latents, noise, self.section.sigma_min)
-        value = rectified_flow.loss(velocity, wanted).mean()
-        return Loss(value, len(latents), len(latents) * tokens_per_frame * latents.shape[2])
+        given = self.giving.draw(data, generator)
+        text = self.dropping.apply(data.text, generator, given.drop_text)
+        inputs = inputs_of(data, text.to(engine.device, engine.dtype), given, engine)
+        noisy = self.process.noisy(latents, noise, times, inputs.active).to(engine.dtype)
+        output = denoise(engine.model, self.network, noisy, self.process.network_time(times), inputs)
+        weights = None if given.weights is None else given.weights.to(engine.device)
+        value = self.process.losses(output.float(), latents, noise, times, weights).mean()
+        return Loss(value, len(latents), len(latents) * shape.tokens_per_frame * shape.latent_frames)
 
-    def _drop(self, text: Text, generator: torch.Generator) -> Text:
-        """Each encoder's output is replaced by the empty prompt's with its own probability, sample by sample."""
-        draws = torch.rand(2, len(text.pooled), generator=generator, device=generator.device).cpu()
-        drop_context, drop_pooled = draws[0] < self.section.drop_context, draws[1] < self.section.drop_pooled
-        return Text(
-            torch.where(drop_context[:, None, None], self.null.context, text.context),
-            torch.where(drop_pooled[:, None], self.null.pooled, text.pooled),
-        )
 
-    def _condition(self, data: LatentBatch, generator: torch.Generator) -> Tensor | None:
-        """[B,C+1,t,h,w] of the drawn kinds; None for a batch that is given nothing."""
-        if set(self.kinds) == {"t2v"}:
-            return None
-        drawn = conditions.draw(self.kinds, len(data.latents), generator)
-        return conditions.condition(data.latents, drawn, data.tails)
+def shape_of(data: LatentBatch, strides: Strides) -> Shape:
+    """What a batch is in pixels, frames and tokens."""
+    size = data.cell.size
+    frames = data.latents.shape[2]
+    return Shape(data.cell.frames, size.height, size.width, frames, tokens_per_frame(size, strides))
+
+
+def tokens_per_frame(size: Size, strides: Strides) -> int:
+    """Tokens of one latent frame."""
+    return strides.tokens(size, 1)
+
+
+def inputs_of(data: LatentBatch, text: Text, given: Given, engine: Engine) -> Inputs:
+    """What the network is told of a batch, on the engine's device."""
+    device, size = engine.device, data.cell.size
+    return Inputs(
+        text=text,
+        height=size.height,
+        width=size.width,
+        frames=data.cell.frames,
+        fps=data.fps.to(device),
+        condition=None if given.condition is None else given.condition.to(device, engine.dtype),
+        active=None if given.active is None else given.active.to(device),
+        given=given.indices,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

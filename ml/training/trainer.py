@@ -21,7 +21,7 @@ from tqdm import tqdm
 from infra.tracking import RunLog
 from ml.batching.sampler import Batch, BatchStream
 from ml.engines.protocol import Engine
-from ml.training.checkpoint import CheckpointStore, Identity, Progress
+from ml.training.checkpoint import CheckpointStore, Identity, Parts, Progress
 from ml.training.curves import LossLog
 from ml.training.ema import EMA
 from ml.training.optim import step_generator
@@ -61,6 +61,7 @@ class Trainer:
         self.engine, self.objective, self.stream, self.plan, self.log = engine, objective, stream, plan, log
         self.ema = EMA(engine.masters(), plan.ema_decay) if plan.ema_decay is not None else None
         self.store = CheckpointStore(plan.out / "checkpoints", plan.identity, plan.keep_checkpoints)
+        self._parts = Parts(engine, self.ema, objective)
 
     def fit(self) -> None:
         """Train to the last step, from the newest checkpoint if there is one.
@@ -91,13 +92,13 @@ class Trainer:
         place = self.store.newest()
         if place is None:
             return 0
-        progress = self.store.load(place, self.engine, self.ema)
+        progress = self.store.load(place, self._parts)
         self.stream.restore(progress.sampler, progress.consumed)
         tqdm.write(f"resumed at step {progress.step} of {self.plan.steps}")
         return progress.step
 
     def _save(self, step: int) -> None:
-        self.store.save(self.engine, self.ema, Progress(step, self.stream.state(), self.stream.consumed))
+        self.store.save(self._parts, Progress(step, self.stream.state(), self.stream.consumed))
 
     def _step(self, step: int) -> dict[str, Any]:
         started = time.perf_counter()
@@ -107,6 +108,7 @@ class Trainer:
         generator = step_generator(self.engine.device, self.plan.seed, self.engine.data_rank, step)
         # Whatever draws from torch's global generator is as repeatable as what draws from ours.
         torch.manual_seed(generator.initial_seed())
+        self.objective.begin(step)
         report = take_step(self.engine, self.objective, [data for _, data in fetched], generator)
         batches = [batch for batch, _ in fetched]
         self._check(step, report, batches)
