@@ -32,24 +32,26 @@ class BackendMissing(RuntimeError):  # noqa: N818  (the house names it so)
 class Flash:
     """A FlashAttention package: where its functions live, how to get it, and what its kernels take.
 
-    `capabilities` are the CUDA compute capabilities (major, minor) from and below which it runs; heads are padded with
-    zeros to a multiple of `head_multiple` (which changes no product) and may be `max_head` wide.
+    `capabilities` are the CUDA compute capabilities (major, minor) from and below which it runs. A head is padded with
+    zeros to the next of the `heads` it takes, which changes no product.
     """
 
     module: str
     install: str
     capabilities: tuple[tuple[int, int], tuple[int, int]]
-    head_multiple: int = 8
-    max_head: int = 256
+    heads: tuple[int, ...] = tuple(range(8, 257, 8))
 
 
-# Capabilities: flash-attention README (2: Ampere and later; 3: Hopper) and flash_attn/cute (4: Hopper, Blackwell).
+# flash-attention's README (2: Ampere and later; 3: Hopper) and flash_attn/cute/interface.py (4: 9.x to 11.x, heads of
+# 64, 96 and 128).
 FLASH = {
     "flash_attn_3": Flash(
         "flash_attn_interface", "build flash-attention's hopper/ folder (pip install ./hopper)", ((9, 0), (10, 0))
     ),
-    "flash_attn_4": Flash("flash_attn.cute", "pip install flash-attn-4", ((9, 0), (12, 0)), 16, 128),
-    "flash_attn_2": Flash("flash_attn", "pip install flash-attn --no-build-isolation", ((8, 0), (12, 1))),
+    "flash_attn_4": Flash("flash_attn.cute.interface", "pip install flash-attn-4", ((9, 0), (12, 0)), (64, 96, 128)),
+    "flash_attn_2": Flash(
+        "flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation", ((8, 0), (12, 1))
+    ),
 }
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -111,7 +113,7 @@ def choose(device: torch.device, dtype: torch.dtype, shape: Sequence[int], maske
     if device.type != "cuda" or masked or dtype not in DTYPES:
         return "sdpa"
     capability = torch.cuda.get_device_capability(device)
-    fits = (name for name in FLASH if shape[-1] <= FLASH[name].max_head and _runs_on(name, capability))
+    fits = (name for name in FLASH if shape[-1] <= FLASH[name].heads[-1] and _runs_on(name, capability))
     return next((name for name in fits if _installed(name)), "sdpa")
 
 
@@ -132,10 +134,10 @@ def _named(backend: str | None, query: Tensor, masked: bool) -> str:
     if query.device.type != "cuda" or not _runs_on(backend, torch.cuda.get_device_capability(query.device)):
         low, high = (".".join(map(str, capability)) for capability in flash.capabilities)
         raise BackendMissing(f"{backend} runs on CUDA capability {low} up to {high}, not on {query.device}; use sdpa")
-    if dtype not in DTYPES or query.shape[-1] > flash.max_head:
+    if dtype not in DTYPES or query.shape[-1] > flash.heads[-1]:
         raise BackendMissing(
-            f"{backend} takes float16 or bfloat16 and heads up to {flash.max_head}, not {dtype} and {query.shape[-1]}; "
-            "use sdpa or autocast"
+            f"{backend} takes float16 or bfloat16 and heads up to {flash.heads[-1]}, not {dtype} and "
+            f"{query.shape[-1]}; use sdpa or autocast"
         )
     if masked:
         raise AttentionInput(f"{backend} takes no mask; use sdpa, or packed_attention for samples of several lengths")
@@ -165,8 +167,8 @@ def _computed_in(x: Tensor) -> torch.dtype:
 
 def _flash(name: str, function: str, query: Tensor, key: Tensor, value: Tensor, **limits: Any) -> Tensor:
     """Call a FlashAttention function on [..., N, D] tensors; some versions also return the log-sums, dropped here."""
-    flash, size = FLASH[name], query.shape[-1]
-    padding, dtype = -size % flash.head_multiple, _computed_in(query)
+    flash, size, dtype = FLASH[name], query.shape[-1], _computed_in(query)
+    padding = next(head for head in flash.heads if head >= size) - size
     padded = [functional.pad(x, (0, padding)) if padding else x for x in (query, key, value)]
     call = getattr(importlib.import_module(flash.module), function)
     out = call(*(x.to(dtype) for x in padded), softmax_scale=1 / math.sqrt(size), **limits)

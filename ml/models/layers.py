@@ -1,10 +1,9 @@
-"""Parts that transformers share: embeddings of time, modulation, norms, rotary positions.
+"""Parts that transformers share: embeddings of time, modulation, norms.
 
-Letters: B batch, L tokens, N heads, D head size, W width of the network, A axes of position.
+Letters: B batch, L tokens, N heads, D head size, W width of the network.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,24 +85,3 @@ def timestep_embedding(t: Tensor, size: int, max_period: float = 10000.0, factor
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = factor * t.float()[:, None] * torch.exp(-math.log(max_period) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def rope_angles(positions: Tensor, axes: Sequence[int], theta: float) -> Tensor:
-    """Rotation angles of every position: [L,A] -> [L,D/2], the axes' angles laid side by side.
-
-    Axis a has axes[a] lanes (D = sum of them) and the frequencies theta^(-2i/axes[a]); float64, as Flux computes them.
-    """
-    parts = []
-    for axis, size in enumerate(axes):
-        exponents = torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size
-        parts.append(positions[:, axis, None].double() * theta**-exponents)
-    return torch.cat(parts, dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate lane j with lane j + D/2 (the half-split layout of the released 2.0 weights).
-
-    x [B,N,L,D] with cos, sin [L,D/2]; computed in at least float32, returned in the dtype of x.
-    """
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

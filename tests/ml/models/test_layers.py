@@ -1,48 +1,11 @@
-"""Closed forms of the parts: rotary positions, time embedding, norms, modulation."""
+"""Closed forms of the parts: time embedding, norms, modulation."""
 
 import math
 
 import pytest
 import torch
 
-from ml.models.layers import Modulation, RMSNorm, layer_norm, modulate, rope_angles, rotate, timestep_embedding
-
-AXES = (4, 10, 10)
-
-
-def _rotated(x: torch.Tensor, at: tuple[int, int, int]) -> torch.Tensor:
-    angles = rope_angles(torch.tensor([at]), AXES, 10000.0)
-    return rotate(x, angles.cos(), angles.sin())
-
-
-def test_rotary_products_depend_on_the_difference_of_positions_only() -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, 1, 1, 24, generator=generator).double() for _ in range(2))
-    here = (_rotated(query, (2, 3, 5)) * _rotated(key, (1, 7, 0))).sum()
-    moved = (_rotated(query, (2 + 9, 3 + 4, 5 + 11)) * _rotated(key, (1 + 9, 7 + 4, 0 + 11))).sum()
-    assert torch.allclose(here, moved, atol=1e-12)
-    assert not torch.allclose(here, (_rotated(query, (2, 3, 6)) * _rotated(key, (1, 7, 0))).sum(), atol=1e-3)
-
-
-def test_rotation_keeps_lengths_and_leaves_the_origin_alone() -> None:
-    x = torch.randn(1, 2, 1, 24, generator=torch.Generator().manual_seed(0)).double()
-    assert torch.equal(_rotated(x, (0, 0, 0)), x)
-    assert torch.allclose(_rotated(x, (3, 1, 4)).norm(), x.norm())
-
-
-def test_angles_of_the_axes_lie_side_by_side_and_pair_lane_j_with_j_plus_half() -> None:
-    angles = rope_angles(torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]]), AXES, 10000.0)
-    assert angles.shape == (3, 12)
-    assert [row.count_nonzero().item() for row in angles] == [2, 5, 5]
-    assert angles[0, :2].tolist() == pytest.approx([1.0, 10000.0 ** -(2 / 4)])
-    assert angles[1, 2:7].tolist() == pytest.approx([10000.0 ** -(2 * i / 10) for i in range(5)])
-    x = torch.zeros(1, 1, 1, 24, dtype=torch.float64)
-    x[..., 3] = 1.0
-    turned = _rotated(x, (0, 1, 0))[0, 0, 0]
-    angle = 10000.0 ** -(2 / 10)
-    assert turned[3] == pytest.approx(math.cos(angle))
-    assert turned[3 + 12] == pytest.approx(math.sin(angle))
-    assert turned.count_nonzero() == 2
+from ml.models.layers import Modulation, RMSNorm, layer_norm, modulate, timestep_embedding
 
 
 def test_time_embedding_starts_with_cosines_of_a_thousandfold_time() -> None:
