@@ -181,16 +181,24 @@ class OpenSoraV12Net(Section):
 
 
 class OpenSoraV13Net(Section):
-    """OpenSora-VAE 1.3: one network for space and time, windows of 17 frames that share a frame."""
+    """OpenSora-VAE 1.3: one network for space and time, windows of 17 frames that share a frame.
+
+    A `micro_frame_size` of None takes whole clips at once. The last four names bound memory and change no result:
+    convolutions in slices of `tile_size`, so many clips, and so many frames in 2-D layers, at a time.
+    """
 
     kind: Literal["opensora_v1_3"] = "opensora_v1_3"
     latent_channels: Positive = 16
     ch: Positive = 128
-    ch_mult: tuple[Positive, ...] = (1, 2, 4, 4)
+    ch_mult: Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)] = (1, 2, 4, 4)
     num_res_blocks: Positive = 2
     num_groups: Positive = 32
-    micro_frame_size: Positive = 17
+    micro_frame_size: Positive | None = 17
     temporal_overlap: bool = True
+    use_tiled_conv3d: bool = False
+    tile_size: Positive = 16
+    micro_batch_size: Positive | None = None
+    micro_batch_size_2d: Positive | None = None
 
 
 class HunyuanNet(Section):
