@@ -1,0 +1,366 @@
+"""STDiT-3 of Open-Sora 1.2, and its windowed variant of 1.3: spatial and temporal blocks that take turns.
+
+Letters: B batch, C latent channels, t h w latent grid, T H W grid of tokens, S = H W, D width of the network, L text
+tokens. Parameters carry the names of the released weights (`OpenSora-STDiT-v3`, and `-v4`, `-v4-360p`, `-v4-i2v` for
+1.3; om/stdit/stdit3.py of both branches), so those load strictly, in the sizes XL/2 (the default) and 3B/2 (width 1872,
+26 heads). 1.3 is `STDiT3(in_channels=16, kernel_size=(8, 8, -1), use_spatial_rope=True)`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ml import architectures
+from ml.models.inputs import Inputs
+from ml.models.layers import modulate
+from ml.models.stdit_layers import (
+    Attention,
+    CaptionEmbedder,
+    Grid,
+    Mlp,
+    Moment,
+    MultiHeadCrossAttention,
+    PackedText,
+    PatchEmbed3D,
+    PositionEmbedding2D,
+    Rope,
+    RotaryTime,
+    SizeEmbedder,
+    T2IFinalLayer,
+    TimestepEmbedder,
+    drop_path,
+    pack_text,
+    table,
+    token_grid,
+    unpatchify,
+    vectors,
+)
+from ml.models.weights import Card, Origin
+from ml.models.windows import WindowAttention, Windows, grid_rope, rope_size
+
+# Images stand at this rate in training and sampling (od/datasets.py, 1.2 and 1.3).
+IMAGE_FPS = 120.0
+
+
+class STDiT3Error(ValueError):
+    """Hyper-parameters that exclude each other, or a forward that lacks what the network needs."""
+
+
+class Conditions(TypedDict, total=False):
+    """What the forward takes by name, as the originals do; `fps`, `height` and `width` are needed.
+
+    fps, height, width [B], of the clip in frames per second and pixels. Only 1.3: cond [B,C,t,h,w] the given latents
+    and zero elsewhere, cond_mask [B,C,t,h,w] 1 where given, mask_index the given frames, y_null as `y` the null text,
+    text_uncond_prob the caption embedder's dropout in place of `class_dropout_prob`. num_frames and ar are accepted and
+    not used.
+    """
+
+    fps: Tensor
+    height: Tensor
+    width: Tensor
+    cond: Tensor
+    cond_mask: Tensor
+    mask_index: Sequence[int] | None
+    y_null: Tensor | None
+    text_uncond_prob: float | None
+    num_frames: Tensor
+    ar: Tensor
+
+
+class Heard(NamedTuple):
+    """The texts a block attends to: the prompt, and for the frames `given` (1.3) the null text in its place."""
+
+    prompt: PackedText
+    given: tuple[int, ...] = ()
+    null: PackedText | None = None
+
+
+class Place(NamedTuple):
+    """Where tokens are: their grid (T, H, W) and the rotary positions of a spatial and of a temporal block."""
+
+    grid: Grid
+    spatial: Rope | None
+    temporal: Rope
+    window_mask: Tensor | None = None
+
+
+class STDiT3Block(nn.Module):
+    """Gated self-attention, cross-attention, gated MLP: within a frame, or `temporal`, over frames or 3-D windows."""
+
+    def __init__(self, config: architectures.STDiT3, temporal: bool, drop_rate: float) -> None:
+        super().__init__()
+        width, heads = config.hidden_size, config.num_heads
+        self.temporal, self.drop_rate = temporal, drop_rate
+        self.windowed = temporal and config.kernel_size is not None
+        self.attn: Attention
+        if temporal and config.kernel_size is not None:
+            self.attn = WindowAttention(width, heads, config.kernel_size, config.qk_norm)
+        else:
+            self.attn = Attention(width, heads, config.qk_norm, rope_first=config.qk_norm_legacy)
+        self.cross_attn = MultiHeadCrossAttention(width, heads)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio), width)
+        self.scale_shift_table = table(6, width)
+
+    def forward(self, x: Tensor, moment: Moment, heard: Heard, place: Place) -> Tensor:
+        """[B,T,S,D] -> [B,T,S,D]; `moment` holds six vectors of width D."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors(self.scale_shift_table, moment)
+        attended = gate * self._attend(modulate(x, shift, scale), place)
+        x = x + drop_path(attended, self.drop_rate, self.training)
+        x = x + self._listen(x, heard)
+        thought = mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+        return x + drop_path(thought, self.drop_rate, self.training)
+
+    def _attend(self, x: Tensor, place: Place) -> Tensor:
+        height = place.grid[1]
+        if self.windowed:
+            volume = rearrange(x, "b t (h w) d -> b h w t d", h=height)
+            attended: Tensor = self.attn(volume, place.temporal, place.window_mask)
+            return attended.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        if self.temporal:
+            attended = self.attn(x.transpose(1, 2).flatten(0, 1), place.temporal)
+            return attended.reshape(x.shape[0], x.shape[2], x.shape[1], -1).transpose(1, 2)
+        attended = self.attn(x.flatten(0, 1), place.spatial)
+        return attended.reshape(x.shape)
+
+    def _listen(self, x: Tensor, heard: Heard) -> Tensor:
+        """Cross-attention; given frames attend to the null text, so the prompt says nothing of them."""
+        if not heard.given or heard.null is None:
+            out: Tensor = self.cross_attn(x, heard.prompt)
+            return out
+        given = list(heard.given)
+        rest = [index for index in range(x.shape[1]) if index not in heard.given]
+        parts = [self.cross_attn(x[:, given], heard.null)]
+        parts += [self.cross_attn(x[:, rest], heard.prompt)] if rest else []
+        order = torch.tensor([*given, *rest], device=x.device).argsort()
+        return torch.cat(parts, dim=1)[:, order]
+
+
+class STDiT3(nn.Module):
+    """The network; `checkpoint_blocks` = (how many pairs of blocks recompute their activations in backward, unused).
+
+    Of the original's run-time switches `drop_path`, `only_train_temporal`, `freeze_y_embedder`, `skip_y_embedder`,
+    `skip_temporal` and `force_pad_h_for_sp_size` have their effect; `enable_flash_attn` and `enable_layernorm_kernel`
+    have none (`ml.models.attention` picks the kernel), nor has `enable_sequence_parallelism`.
+    """
+
+    def __init__(self, config: architectures.STDiT3 | None = None, **hyper: Any) -> None:
+        super().__init__()
+        config = config or architectures.STDiT3(**hyper)
+        _check(config)
+        self.config, self.checkpoint_blocks = config, (0, 0)
+        width, head_size = config.hidden_size, config.hidden_size // config.num_heads
+        windowed = config.kernel_size is not None
+        self.pos_embed = PositionEmbedding2D(width)
+        self.rope = RotaryTime(rope_size(head_size) if windowed else head_size)
+        self.x_embedder = PatchEmbed3D(config.patch_size, config.in_channels, width)
+        if windowed:
+            self.x_embedder_cond = PatchEmbed3D(config.patch_size, config.in_channels, width)
+            self.x_embedder_cond_mask = PatchEmbed3D(config.patch_size, config.in_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.fps_embedder = SizeEmbedder(width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.y_embedder = CaptionEmbedder(
+            config.caption_channels, width, config.model_max_length, config.class_dropout_prob
+        )
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.spatial_blocks = nn.ModuleList(STDiT3Block(config, False, rate) for rate in rates)
+        self.temporal_blocks = nn.ModuleList(
+            STDiT3Block(config, True, rate) for rate in rates if not config.skip_temporal
+        )
+        patch_volume = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.final_layer = T2IFinalLayer(width, patch_volume, config.out_channels)
+        initialise(self)
+        freeze(self)
+
+    @property
+    def null_context(self) -> Tensor:
+        """[L,caption channels] that stands for no text; [L,D] where the network takes cached features."""
+        null = self.y_embedder.y_embedding
+        return self.y_embedder.y_proj(null) if self.config.skip_y_embedder else null
+
+    def card(self, origin: Origin) -> Card:
+        """What `model.json` says about this network."""
+        return Card("stdit3", {**self.config.model_dump(mode="json")}, origin)
+
+    def arguments(self, x: Tensor, t: Tensor, inputs: Inputs) -> dict[str, Any]:
+        """Keywords of `forward`: x [B,C,t,h,w], t [B] in 0 to 1000. An image counts as 120 frames per second.
+
+        1.3 hears of given frames by `inputs.condition` and `inputs.given` together, both 1.2 and 1.3 of frames that
+        stay clean by `inputs.active`. The null text of given frames has the prompt's length, as the original's has.
+        """
+        sizes = {"fps": IMAGE_FPS if inputs.frames == 1 else inputs.fps, "height": inputs.height, "width": inputs.width}
+        y, mask = self._text(inputs.text.context, inputs.text.mask)
+        named = {name: torch.full((x.shape[0],), float(value), device=x.device) for name, value in sizes.items()}
+        call = {"x": x, "timestep": t, "y": y, "mask": mask, "x_mask": inputs.active, **named}
+        if self.config.kernel_size is None or not inputs.given:
+            return call
+        if inputs.condition is None:
+            raise STDiT3Error(f"frames {inputs.given} are given but no condition is; pass its mask and latents")
+        cond = inputs.condition[:, 1:]
+        null = self.null_context[: inputs.text.context.shape[1]].expand(x.shape[0], -1, -1)
+        y_null, _ = self._text(null.to(inputs.text.context.dtype), inputs.text.mask)
+        given = {"cond": cond, "cond_mask": inputs.condition[:, :1].expand_as(cond), "mask_index": list(inputs.given)}
+        return {**call, **given, "y_null": y_null}
+
+    def result(self, output: Tensor, x: Tensor) -> Tensor:
+        """[B,2C,t,h,w]: the velocity in the first C channels, and the variance that no objective of 1.2 or 1.3 uses."""
+        return output
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | Sequence[int] | None = None,
+        x_mask: Tensor | None = None,
+        **conditions: Unpack[Conditions],
+    ) -> Tensor:
+        """x [B,C,t,h,w] at timestep [B] (0 to 1000, 1000 is noise) -> float32 [B,2C,t,h,w] (C without `pred_sigma`).
+
+        y [B,1,L,caption channels] with mask [B,L] (1 = a real token; fewer rows than y are repeated); with
+        `skip_y_embedder` y [1,sum of lengths,D] and mask the lengths. x_mask [B,t] bool, False where a frame is clean.
+        The others are `Conditions`. Raises STDiT3Error when one that is needed is missing.
+        """
+        _check_conditions(conditions, self.config)
+        latent = self._pad_rows(x)
+        grid = token_grid(latent.shape, self.config.patch_size)
+        t, t0, moment = self._moment(timestep, x_mask, conditions["fps"])
+        heard = self._heard(y, mask, grid[0], conditions)
+        scale = float(conditions["height"][0] * conditions["width"][0]) ** 0.5 / self.config.input_sq_size
+        tokens = self._embed(latent, conditions)
+        tokens = tokens + self.pos_embed(tokens, grid[1], grid[2], scale, round((grid[1] * grid[2]) ** 0.5))
+        place = self._place(grid, scale, tokens)
+        for index, spatial in enumerate(self.spatial_blocks):
+            tokens = self._run(spatial, index, tokens, moment, heard, place)
+            if not self.config.skip_temporal:
+                tokens = self._run(self.temporal_blocks[index], index, tokens, moment, heard, place)
+        out = self.final_layer(tokens, t, x_mask, t0)
+        whole = unpatchify(out, latent.shape, self.config.patch_size, self.config.out_channels)
+        return whole[:, :, :, : x.shape[3]].float()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.x_embedder.proj.weight.dtype
+
+    def _text(self, context: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | list[int]]:
+        """The text as `forward` takes it: captions [B,1,L,...] and mask, or cached features in one row and lengths."""
+        if not self.config.skip_y_embedder:
+            return context[:, None], mask
+        packed = pack_text(context[:, None], mask)
+        return packed.tokens[None], packed.lengths
+
+    def _pad_rows(self, x: Tensor) -> Tensor:
+        """In the network's dtype, with zeros below until `force_pad_h_for_sp_size` divides the rows of tokens."""
+        x, unit, patch = x.to(self._dtype), self.config.force_pad_h_for_sp_size or 1, self.config.patch_size[1]
+        rows = -(-x.shape[3] // patch)
+        if rows % unit == 0:
+            return x
+        return nn.functional.pad(x, (0, 0, 0, (rows + -rows % unit) * patch - x.shape[3]))
+
+    def _embed(self, latent: Tensor, conditions: Conditions) -> Tensor:
+        """Tokens [B,T,S,D] of the padded latent, and of the given latents and their mask where there are any."""
+        tokens: Tensor = self.x_embedder(latent)
+        if conditions.get("mask_index") is None:
+            return tokens
+        cond, cond_mask = (self._pad_rows(conditions[name]) for name in ("cond", "cond_mask"))
+        embedded: Tensor = tokens + self.x_embedder_cond(cond) + self.x_embedder_cond_mask(cond_mask)
+        return embedded
+
+    def _moment(self, timestep: Tensor, x_mask: Tensor | None, fps: Tensor) -> tuple[Tensor, Tensor | None, Moment]:
+        """Embeddings of now and (where frames are clean) of time 0, [B,D], and what they make of the blocks.
+
+        1.2 rounds the time to the network's dtype first, which matters in half precision; 1.3 does not.
+        """
+        if self.config.kernel_size is None:
+            timestep = timestep.to(self._dtype)
+        rate = self.fps_embedder(fps.repeat(timestep.shape[0] // fps.shape[0]))
+        t = self.t_embedder(timestep) + rate
+        if x_mask is None:
+            return t, None, Moment(self.t_block(t))
+        t0 = self.t_embedder(torch.zeros_like(timestep)) + rate
+        return t, t0, Moment(self.t_block(t), self.t_block(t0), x_mask)
+
+    def _heard(self, y: Tensor, mask: Tensor | Sequence[int] | None, num_frames: int, conditions: Conditions) -> Heard:
+        given = tuple(dict.fromkeys(conditions.get("mask_index") or ()))
+        if any(not 0 <= index < num_frames for index in given):
+            raise STDiT3Error(f"mask_index {given} names frames outside 0 to {num_frames - 1}")
+        dropout, null = conditions.get("text_uncond_prob"), conditions.get("y_null")
+        prompt = self._encode(y, mask, dropout)
+        return Heard(prompt, given, self._encode(null, mask, dropout) if given and null is not None else None)
+
+    def _encode(self, y: Tensor, mask: Tensor | Sequence[int] | None, dropout: float | None) -> PackedText:
+        y = y.to(self._dtype)
+        if self.config.skip_y_embedder:
+            lengths = mask.tolist() if isinstance(mask, Tensor) else mask
+            return PackedText(y.flatten(0, -2), [int(length) for length in lengths or ()])
+        dropped = None
+        if dropout is not None and self.training and self.y_embedder.random_drop:
+            dropped = torch.rand(y.shape[0], device=y.device) < dropout
+        return pack_text(self.y_embedder(y, dropped), torch.as_tensor(mask) if mask is not None else None)
+
+    def _place(self, grid: Grid, scale: float, like: Tensor) -> Place:
+        frames, height, width = grid
+        spatial = grid_rope(self.rope, (height, width, 1), scale) if self.config.use_spatial_rope else None
+        if self.config.kernel_size is None:
+            return Place(grid, spatial, self.rope(torch.arange(frames, device=like.device)))
+        windows = Windows.cut((height, width, frames), self.config.kernel_size)
+        return Place(grid, spatial, grid_rope(self.rope, windows.size, scale), windows.mask(like))
+
+    def _run(self, block: nn.Module, index: int, *args: object) -> Tensor:
+        if index < self.checkpoint_blocks[0] and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, *args, use_reentrant=False)
+            return out
+        out = block(*args)
+        return out
+
+
+def initialise(network: STDiT3) -> None:
+    """Xavier-uniform weights and zero biases; temporal blocks, the rate and the condition of 1.3 start silent.
+
+    A fresh network is therefore an image model in every frame, whatever the rate and the given frames (rep3, 1.2;
+    om/stdit/stdit3.py, 1.3).
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(network.fps_embedder.get_parameter("mlp.0.weight"), std=0.02)
+    silent: list[nn.Module] = [network.fps_embedder.mlp[2]]
+    for block in network.temporal_blocks:
+        silent += [block.get_submodule(name) for name in ("attn.proj", "cross_attn.proj", "mlp.fc2")]
+    if network.config.kernel_size is not None:
+        silent += [network.x_embedder_cond, network.x_embedder_cond_mask]
+    for module in silent:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+
+
+def freeze(network: STDiT3) -> None:
+    """Freeze what the hyper-parameters `only_train_temporal` and `freeze_y_embedder` say."""
+    if network.config.only_train_temporal:
+        network.requires_grad_(False)
+        network.temporal_blocks.requires_grad_(True)
+    if network.config.freeze_y_embedder:
+        network.y_embedder.requires_grad_(False)
+
+
+def _check(config: architectures.STDiT3) -> None:
+    if config.use_spatial_rope and config.kernel_size is None:
+        raise STDiT3Error("use_spatial_rope turns a third of the head per axis, as windows do: give kernel_size too")
+    if config.only_train_temporal and config.skip_temporal:
+        raise STDiT3Error("only_train_temporal leaves nothing to train in a network with skip_temporal: drop one")
+
+
+def _check_conditions(conditions: Conditions, config: architectures.STDiT3) -> None:
+    needed = ["fps", "height", "width"]
+    if conditions.get("mask_index") is not None:
+        if config.kernel_size is None:
+            raise STDiT3Error("only the windowed network (kernel_size) takes mask_index; mark clean frames by x_mask")
+        needed += ["cond", "cond_mask", *(["y_null"] if conditions["mask_index"] else [])]
+    missing = [name for name in needed if conditions.get(name) is None]
+    if missing:
+        raise STDiT3Error(f"forward needs {', '.join(missing)} too")
