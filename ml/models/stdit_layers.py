@@ -5,11 +5,13 @@ text tokens, K vectors of a table. Tokens travel as [B,T,S,D], so vectors that d
 those that do not are [B,1,1,D].
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ml.models.attention import attention, packed_attention
 from ml.models.layers import NORM_EPS, modulate, timestep_embedding
@@ -58,7 +60,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """[B], in the unit of the network (0 to 1000) -> [B,D]."""
-        features = timestep_embedding(t, TIME_FEATURES, factor=1.0).to(self.mlp[0].weight.dtype)
+        features = timestep_embedding(t, TIME_FEATURES, factor=1.0).to(next(self.mlp.parameters()).dtype)
         embedded: Tensor = self.mlp(features)
         return embedded
 
@@ -309,6 +311,45 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
     return x * keep / (1 - rate)
+
+
+def run_block(block: nn.Module, recompute: bool, *given: object) -> Tensor:
+    """What a block makes of the tokens; `recompute` keeps no activations and runs it again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        remade: Tensor = checkpoint(block, *given, use_reentrant=False)
+        return remade
+    made: Tensor = block(*given)
+    return made
+
+
+def initialise(network: nn.Module, gaussian: Iterable[nn.Module], silent: Iterable[nn.Module]) -> None:
+    """Xavier-uniform weights and zero biases; the linear layers within `gaussian` draw from N(0, 0.02^2) instead and
+    those within `silent` start at zero.
+
+    The patch convolution counts as a linear layer for its weight and keeps torch's bias (om/stdit/*.py, 1.0 to 1.3).
+    """
+    for module in network.modules():
+        if isinstance(module, PatchEmbed3D):
+            nn.init.xavier_uniform_(module.proj.weight.detach().flatten(1))
+    for layer in _linear([network]):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    for layer in _linear(gaussian):
+        nn.init.normal_(layer.weight, std=0.02)
+    for layer in _linear(silent):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def freeze_parameters(network: nn.Module, freeze: str | None) -> None:
+    """Stop training all but temporal attention (`not_temporal`), or cross-attention (`text`); None stops nothing."""
+    for name, parameter in network.named_parameters():
+        if (freeze == "not_temporal" and "attn_temp" not in name) or (freeze == "text" and "cross_attn" in name):
+            parameter.requires_grad_(False)
+
+
+def _linear(modules: Iterable[nn.Module]) -> list[nn.Linear]:
+    return [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
 def _shifted(scale_shift_table: Tensor, t: Tensor) -> Tensor:
