@@ -6,7 +6,7 @@ follow from other sections (`in_channels`, `caption_channels`, token lengths) ar
 """
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -89,7 +89,7 @@ class STDiT3(SpatialTemporal):
     kind: Literal["stdit3"] = "stdit3"
     input_size: tuple[Positive | None, Positive | None, Positive | None] = (None, None, None)
     input_sq_size: Positive = 512
-    force_pad_h_for_sp_size: int | None = None
+    force_pad_h_for_sp_size: Positive | None = None
     model_max_length: Positive = 300
     qk_norm: bool = True
     qk_norm_legacy: bool = False
@@ -99,6 +99,16 @@ class STDiT3(SpatialTemporal):
     freeze_y_embedder: bool = False
     skip_y_embedder: bool = False
     skip_temporal: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.use_spatial_rope and self.kernel_size is None:
+            raise ValueError("use_spatial_rope turns a third of a head per axis, as windows do: give kernel_size too")
+        if self.qk_norm_legacy and self.kernel_size is not None:
+            raise ValueError("qk_norm_legacy (rope before the norm) was never windowed: drop it, or kernel_size")
+        if self.only_train_temporal and self.skip_temporal:
+            raise ValueError("only_train_temporal leaves nothing to train in a network with skip_temporal: drop one")
+        return self
 
     @property
     def conditioning(self) -> Conditioning:
@@ -127,6 +137,15 @@ class MMDiT(Section):
     patch_size: Positive = 2
     use_liger_rope: bool = True
     grad_ckpt_settings: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _axes_fill_a_head(self) -> "MMDiT":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} must divide hidden_size {self.hidden_size}")
+        head = self.hidden_size // self.num_heads
+        if sum(self.axes_dim) != head or any(size % 2 for size in self.axes_dim):
+            raise ValueError(f"axes_dim {self.axes_dim} must be even and add up to the head size {head}")
+        return self
 
     @property
     def patch(self) -> int:
