@@ -47,7 +47,7 @@ IMAGE_FPS = 120.0
 
 
 class STDiT3Error(ValueError):
-    """Hyper-parameters that exclude each other, or a forward that lacks what the network needs."""
+    """A forward that lacks what the network needs, or names frames that are not there."""
 
 
 class Conditions(TypedDict, total=False):
@@ -150,7 +150,6 @@ class STDiT3(nn.Module):
     def __init__(self, config: architectures.STDiT3 | None = None, **hyper: Any) -> None:
         super().__init__()
         config = config or architectures.STDiT3(**hyper)
-        _check(config)
         self.config, self.checkpoint_blocks = config, (0, 0)
         width, head_size = config.hidden_size, config.hidden_size // config.num_heads
         windowed = config.kernel_size is not None
@@ -346,13 +345,6 @@ def freeze(network: STDiT3) -> None:
         network.temporal_blocks.requires_grad_(True)
     if network.config.freeze_y_embedder:
         network.y_embedder.requires_grad_(False)
-
-
-def _check(config: architectures.STDiT3) -> None:
-    if config.use_spatial_rope and config.kernel_size is None:
-        raise STDiT3Error("use_spatial_rope turns a third of the head per axis, as windows do: give kernel_size too")
-    if config.only_train_temporal and config.skip_temporal:
-        raise STDiT3Error("only_train_temporal leaves nothing to train in a network with skip_temporal: drop one")
 
 
 def _check_conditions(conditions: Conditions, config: architectures.STDiT3) -> None:
