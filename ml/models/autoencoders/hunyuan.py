@@ -1,140 +1,95 @@
-"""The causal video autoencoder of HunyuanVideo, which Open-Sora 2.0 uses: diffusers' network, the house's interface.
+"""The causal autoencoder of HunyuanVideo, which Open-Sora 2.0 uses: diffusers' network, the house's interface.
 
 Letters: B batch, C latent channels, T frames, H W pixels, t h w latent grid, t = (T-1)/4 + 1, h = H/8, w = W/8.
 Convolutions, padding and attention are causal, so a picture is a clip of one frame; group norms are taken over the
-whole clip, so the first latent of a clip is near, not equal to, that of its first frame alone. Videos are in [-1, 1].
+whole clip, so the first latent of a clip is near, not equal to, that of its first frame alone.
+
+Diffusers' layers and Open-Sora's (om/hunyuan_vae, main) have the same names, shapes and results. Only their tiles
+differ: ours are cut and blended as Open-Sora 2.0 does, also by 64 frames where diffusers takes 16.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ml import sections
-from ml.models.autoencoders.start import initialise
-from ml.models.weights import Card, CheckpointMismatch, Origin, check_card, load_state, read_card, save_weights
+from ml.architectures import HunyuanNet, Latent
+from ml.models.autoencoders.autoencoder import VideoAutoencoder
+from ml.models.autoencoders.start import start_hunyuan
+from ml.models.autoencoders.tiles import Tiling, tiled
 
+TEMPORAL_STRIDE, SPATIAL_STRIDE = 4, 8
 # Open-Sora 2.0 tiles above 256 px and 64 frames, with a quarter of overlap (om/hunyuan_vae, main).
-TILE_PX, TILE_FRAMES, TILE_OVERLAP = 256, 64, 0.25
+ENCODE = Tiling((64, 256, 256), (16, 64, 64), (Fraction(1, 4), Fraction(1, 8), Fraction(1, 8)), causal=True)
+DECODE = Tiling((16, 32, 32), (4, 8, 8), (4, 8, 8), causal=True)
+# Log variances are clipped to this range (om/hunyuan_vae/vae.py, main).
+LEAST_LOGVAR, MOST_LOGVAR = -30.0, 20.0
 
 
-class VideoAutoencoder(nn.Module):
-    """Encoder and decoder; `scale` multiplies latents, so that their standard deviation is about 1."""
+class HunyuanAutoencoder(VideoAutoencoder):
+    """The released network (`net`, 246M parameters at the default size) from a config or its fields."""
 
-    def __init__(self, section: sections.Autoencoder) -> None:
+    net: Any  # diffusers' classes are untyped
+
+    def __init__(self, net: HunyuanNet | None = None, latent: Latent | None = None, **hyper: Any) -> None:
         super().__init__()
         from diffusers import AutoencoderKLHunyuanVideo
 
-        self.section = section
-        self.scale = 1.0 if section.scale is None else section.scale
+        config = net or HunyuanNet(**hyper)
+        self.config = config
+        self.latent = latent or Latent()
+        self.latent_channels = config.latent_channels
+        self.temporal_stride, self.spatial_stride = TEMPORAL_STRIDE, SPATIAL_STRIDE
         build: Any = AutoencoderKLHunyuanVideo  # untyped
         self.net = build(
-            latent_channels=section.latent_channels,
-            block_out_channels=section.channels,
-            layers_per_block=section.layers_per_block,
-            norm_num_groups=section.norm_groups,
-            scaling_factor=self.scale,
-            spatial_compression_ratio=section.spatial_stride,
-            temporal_compression_ratio=section.temporal_stride,
+            latent_channels=config.latent_channels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
         )
-        self.tile(False)
-
-    def forward(self, video: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Training form: video [B,3,T,H,W] -> (reconstruction of a posterior sample, mean, log variance), unscaled."""
-        mean, logvar = self.posterior(video)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        reconstruction: Tensor = self.net.decode(mean + (0.5 * logvar).exp() * noise, return_dict=False)[0]
-        return reconstruction, mean, logvar
+        self._tiled = False
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, both [B,C,t,h,w], before scaling; raises ValueError when strides do not fit."""
+        """Mean and log variance of raw z, both [B,C,t,h,w]; raises ValueError when strides do not fit."""
         self.latent_shape(*video.shape[2:])
-        posterior = self.net.encode(video, return_dict=False)[0]
-        return posterior.mean, posterior.logvar
+        moments = tiled(self._encode, video, ENCODE) if self._tiled else self._encode(video)
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar.clamp(LEAST_LOGVAR, MOST_LOGVAR)
 
-    def encode(self, video: Tensor) -> Tensor:
-        """Latent of a video [B,3,T,H,W] in [-1,1]: posterior mean times scale, [B,C,t,h,w]."""
-        return self.posterior(video)[0] * self.scale
+    def rebuild(self, z: Tensor, frames: int) -> Tensor:
+        """Video [B,3,T,H,W] of raw z [B,C,t,h,w]; raises ValueError when T frames do not have t latents."""
+        if self.latent_frames(frames) != z.shape[2]:
+            wanted = self.latent_frames(frames)
+            raise ValueError(f"cannot decode {z.shape[2]} latents to {frames} frames, which have {wanted}")
+        return tiled(self._decode, z, DECODE) if self._tiled else self._decode(z)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Video [B,3,T,H,W] of a scaled latent [B,C,t,h,w]; values may leave [-1,1] a little: clamp before saving."""
-        video: Tensor = self.net.decode(latent / self.scale, return_dict=False)[0]
-        return video
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, t, h, w) of a clip; raises ValueError when the strides do not divide it."""
-        temporal, spatial = self.section.temporal_stride, self.section.spatial_stride
-        if (frames - 1) % temporal or height % spatial or width % spatial:
-            raise ValueError(
-                f"cannot encode {frames} frames of {height}x{width}: frames must be {temporal}k+1, "
-                f"height and width multiples of {spatial}"
-            )
-        return self.section.latent_channels, (frames - 1) // temporal + 1, height // spatial, width // spatial
+    def latent_frames(self, frames: int) -> int:
+        """(T-1)/4 + 1; raises ValueError with the nearest lengths when T is not 4k+1."""
+        steps, rest = divmod(frames - 1, TEMPORAL_STRIDE)
+        if rest or frames < 1:
+            low = steps * TEMPORAL_STRIDE + 1
+            nearest = f"{low} or {low + TEMPORAL_STRIDE}" if low > 0 else "1"
+            raise ValueError(f"cannot encode {frames} frames: they must be 4k+1, and the nearest such is {nearest}")
+        return steps + 1
 
     def tile(self, enabled: bool) -> None:
-        """Switch tiling: large inputs are cut into blended tiles, which bounds memory and changes results a little."""
-        stride = 1 - TILE_OVERLAP
-        self.net.enable_tiling(
-            tile_sample_min_height=TILE_PX,
-            tile_sample_min_width=TILE_PX,
-            tile_sample_min_num_frames=TILE_FRAMES,
-            tile_sample_stride_height=int(TILE_PX * stride),
-            tile_sample_stride_width=int(TILE_PX * stride),
-            tile_sample_stride_num_frames=int(TILE_FRAMES * stride),
-        )
-        self.net.use_tiling = self.net.use_framewise_encoding = self.net.use_framewise_decoding = enabled
+        """Switch tiles of 64 frames and 256 px: larger inputs change a little, others not."""
+        self._tiled = enabled
 
+    def train_only(self, part: str) -> None:
+        """Let training change this part of the network: `all`, as it has no other; raises ValueError else."""
+        if part != "all":
+            raise ValueError(f"the HunyuanVideo autoencoder has no part {part!r}: it is one network, train 'all'")
+        self.requires_grad_(True)
 
-def build_autoencoder(section: sections.Autoencoder) -> VideoAutoencoder:
-    """The autoencoder of a recipe, randomly initialised (seed torch first), or empty under `torch.device("meta")`."""
-    autoencoder = VideoAutoencoder(section)
-    initialise(autoencoder.net, section.latent_channels)
-    return autoencoder
+    def initialise(self) -> None:
+        """Weights to train a small network from: it starts as the blurred colour picture (`start.py`)."""
+        start_hunyuan(self.net, self.latent_channels)
 
+    def _encode(self, video: Tensor) -> Tensor:
+        moments: Tensor = self.net.quant_conv(self.net.encoder(video))
+        return moments
 
-def save_autoencoder(
-    folder: Path, autoencoder: VideoAutoencoder, origin: Origin, state: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write the weights under the released names, or `state` (an EMA of the same names), with the scale in the card."""
-    card = _card(autoencoder.section, origin, autoencoder.scale)
-    save_weights(folder, autoencoder.net.state_dict() if state is None else state, card)
-
-
-def load_autoencoder(
-    folder: Path, section: sections.Autoencoder | None = None, recipe: str | None = None
-) -> VideoAutoencoder:
-    """The autoencoder of a weights folder, with its measured scale.
-
-    Raises CheckpointMismatch when it is no autoencoder, or not of the section and recipe id given.
-    """
-    card = read_card(folder)
-    if card.kind != "hunyuan":
-        raise CheckpointMismatch(f"{folder} belongs to another network: kind is {card.kind!r}, wanted 'hunyuan'")
-    if section is not None:
-        check_card(folder, card, _card(section, Origin(recipe or card.origin.recipe, card.origin.stage), card.scale))
-    described = {**card.config, "scale": card.scale, "weights_uri": None, "stages": ()}
-    autoencoder = build_autoencoder(sections.Autoencoder.model_validate(described))
-    autoencoder.net.load_state_dict(load_state(folder))
-    return autoencoder
-
-
-def load_released(section: sections.Autoencoder, path: Path) -> VideoAutoencoder:
-    """The autoencoder with the weights of one safetensors file under the released names (`hunyuan_vae.safetensors`).
-
-    Raises CheckpointMismatch when names or shapes differ.
-    """
-    from safetensors.torch import load_file
-
-    autoencoder = build_autoencoder(section)
-    try:
-        autoencoder.net.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise CheckpointMismatch(f"{path} does not fit the autoencoder of the recipe: {error}") from error
-    return autoencoder
-
-
-def _card(section: sections.Autoencoder, origin: Origin, scale: float | None) -> Card:
-    config: dict[str, Any] = section.model_dump(mode="json", exclude={"scale", "weights_uri", "stages"})
-    return Card("hunyuan", config, origin, scale)
+    def _decode(self, z: Tensor) -> Tensor:
+        video: Tensor = self.net.decoder(self.net.post_quant_conv(z))
+        return video

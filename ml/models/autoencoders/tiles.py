@@ -16,6 +16,8 @@ from torch import Tensor
 Sizes = tuple[int, int, int]
 Ratio = tuple[int | Fraction, int | Fraction, int | Fraction]
 AXES = ("frames", "height", "width")
+# The tile of an axis that is never cut.
+WHOLE = 1 << 40
 
 
 @dataclass(frozen=True)
