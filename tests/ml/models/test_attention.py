@@ -1,12 +1,18 @@
 """Every attention backend against the plain softmax in float64, and samples laid end to end against samples alone."""
 
 import math
+import sys
 from collections.abc import Iterator
+from itertools import pairwise
+from operator import sub
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ml.models import attention as door
 from ml.models.attention import (
     FLASH,
     AttentionInput,
@@ -183,3 +189,55 @@ def test_a_backend_that_is_not_there_says_how_to_get_it(name: str) -> None:
         attention(query, query, query, backend=name)
     with pytest.raises(BackendMissing, match="'flash' is unknown; known are sdpa"):
         attention(query, query, query, backend="flash")
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "chosen"),
+    [
+        ((8, 0), set(FLASH), "flash_attn_2"),
+        ((9, 0), set(FLASH), "flash_attn_3"),
+        ((9, 0), {"flash_attn_2", "flash_attn_4"}, "flash_attn_4"),
+        ((10, 0), set(FLASH), "flash_attn_4"),
+        ((10, 0), {"flash_attn_3"}, "sdpa"),
+        ((7, 5), set(FLASH), "sdpa"),
+    ],
+)
+def test_the_fastest_installed_kernel_of_a_gpu_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], installed: set[str], chosen: str
+) -> None:
+    """The table alone: which GPU and which packages there are is stated, since neither is here."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(door, "_installed", installed.__contains__)
+    gpu, shape = torch.device("cuda", 0), (2, 16, 64, 72)
+    assert choose(gpu, torch.bfloat16, shape, masked=False) == chosen
+    assert choose(gpu, torch.bfloat16, shape, masked=True) == "sdpa"
+    assert choose(gpu, torch.float32, shape, masked=False) == "sdpa"
+    assert choose(gpu, torch.bfloat16, (2, 16, 64, 264), masked=False) == "sdpa"
+
+
+@pytest.mark.parametrize("name", FLASH)
+@pytest.mark.parametrize("head", [24, 72])
+def test_what_a_flash_kernel_is_given_and_gives_back(monkeypatch: pytest.MonkeyPatch, name: str, head: int) -> None:
+    """A kernel with FlashAttention's signature, written as the plain softmax, stands in for the GPU's."""
+    sizes: set[int] = set()
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, None]:
+        sizes.update((q.shape[-1], k.shape[-1], v.shape[-1]))
+        products = torch.einsum("blnd,bmnd->bnlm", q, k) * softmax_scale
+        return torch.einsum("bnlm,bmnd->blnd", products.softmax(-1), v), None
+
+    def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, **limits: Any) -> Tensor:
+        starts = [limits[side].tolist() for side in ("cu_seqlens_q", "cu_seqlens_k")]
+        assert [limits["max_seqlen_q"], limits["max_seqlen_k"]] == [max(map(sub, s[1:], s)) for s in starts]
+        rows = [tuple(slice(*pair) for pair in pairs) for pairs in zip(*(pairwise(s) for s in starts), strict=True)]
+        return torch.cat([flash_attn_func(q[None, a], k[None, b], v[None, b], softmax_scale)[0][0] for a, b in rows])
+
+    kernel = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, FLASH[name].module, kernel)
+    monkeypatch.setattr(door, "_named", lambda *_, **__: name)
+    query, key, value = _random((2, 3, 5, head), (2, 3, 9, head), (2, 3, 9, head))
+    assert torch.allclose(attention(query, key, value), _plain(query, key, value), atol=1e-12)
+    lengths = ([3, 5, 1], [4, 2, 9])
+    tokens = _packed(lengths, head)
+    assert torch.allclose(packed_attention(*tokens, *lengths), door._packed_sdpa(*tokens, *lengths), atol=1e-12)
+    assert sizes <= set(FLASH[name].heads)
