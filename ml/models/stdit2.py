@@ -4,7 +4,7 @@ Letters: B batch, C latent channels, t h w latent grid, T S tokens (frames, and 
 tokens. Parameters carry the names of the released weights (om/stdit/stdit2.py, 1.1).
 """
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from einops import rearrange
@@ -45,6 +45,18 @@ IMAGE_FPS = 120.0
 
 class ClipFactsMissing(ValueError):  # noqa: N818  (the house names it so)
     """The network was not told the size, shape, length or rate of the clips."""
+
+
+class ClipFacts(TypedDict, total=False):
+    """What the forward is told of the clips by name, [B] each: frames, height and width in pixels, ar (width / height)
+    and fps. All five are needed.
+    """
+
+    num_frames: Tensor
+    height: Tensor
+    width: Tensor
+    ar: Tensor
+    fps: Tensor
 
 
 class STDiT2(nn.Module):
@@ -93,16 +105,12 @@ class STDiT2(nn.Module):
 
         The aspect ratio is width over height, as in the original's training data (its inference turns it over).
         """
-        facts = {
-            "num_frames": float(inputs.frames),
-            "height": float(inputs.height),
-            "width": float(inputs.width),
-            "ar": inputs.width / inputs.height,
-            "fps": IMAGE_FPS if inputs.frames == 1 else inputs.fps,
-        }
-        told = {name: torch.full((len(x),), number, device=x.device) for name, number in facts.items()}
+        facts: dict[str, float] = {"num_frames": inputs.frames, "height": inputs.height, "width": inputs.width}
+        facts |= {"ar": inputs.width / inputs.height} | ({"fps": IMAGE_FPS} if inputs.frames == 1 else {})
+        told = {name: torch.full((len(x),), float(fact), device=x.device) for name, fact in facts.items()}
         text = inputs.text
-        return {"x": x, "timestep": t, "y": text.context[:, None], "mask": text.mask, "x_mask": inputs.active, **told}
+        call = {"x": x, "timestep": t, "y": text.context[:, None], "mask": text.mask, "x_mask": inputs.active}
+        return {**call, "fps": inputs.fps, **told}
 
     def result(self, output: Tensor, x: Tensor) -> Tensor:
         """The output, which has the layout of the house already: [B,C or 2C,t,h,w]."""
@@ -112,35 +120,30 @@ class STDiT2(nn.Module):
         """What `model.json` says about this network."""
         return Card(self.config.kind, self.config.model_dump(mode="json"), origin)
 
-    def forward(  # noqa: PLR0913  (the names and order of the original)
+    def forward(
         self,
         x: Tensor,
         timestep: Tensor,
         y: Tensor,
         mask: Tensor | None = None,
         x_mask: Tensor | None = None,
-        num_frames: Tensor | None = None,
-        height: Tensor | None = None,
-        width: Tensor | None = None,
-        ar: Tensor | None = None,
-        fps: Tensor | None = None,
+        **facts: Unpack[ClipFacts],
     ) -> Tensor:
         """Noise (and the variance's interpolation, when `pred_sigma`) at step `timestep`.
 
         x [B,C,t,h,w], timestep [B] in 0..1000, y [B,1,L,caption channels], mask [B,L] of real text tokens (None = all),
-        x_mask [B,t] True where a frame is being denoised (None = everywhere); of the clip, [B] each: num_frames, height
-        and width in pixels, ar (width / height), fps -> float32 [B,C or 2C,t,h,w]. Positions follow the first clip's
-        pixels. Raises ClipFactsMissing when one of the five is not given.
+        x_mask [B,t] True where a frame is being denoised (None = everywhere), and `ClipFacts` -> float32
+        [B,C or 2C,t,h,w]. Positions follow the first clip's pixels. Raises ClipFactsMissing when a fact is missing.
         """
         config, dtype = self.config, self.x_embedder.proj.weight.dtype
-        frames, tall, wide, aspect, rate = (_known(fact) for fact in (num_frames, height, width, ar, fps))
+        frames, tall, wide, aspect, rate = _all_five(facts)
         space = torch.cat([self.csize_embedder(torch.stack([tall, wide], dim=1)), self.ar_embedder(aspect)], dim=1)
         length = self.fl_embedder(frames) + self.fps_embedder(rate)
         t = self.t_embedder(timestep.to(dtype))
         t0 = None if x_mask is None else self.t_embedder(torch.zeros_like(timestep, dtype=dtype))
         spatial, temporal = (
-            Moment(net(t + facts), None if t0 is None else net(t0 + facts), x_mask)
-            for net, facts in ((self.t_block, space), (self.t_block_temp, length))
+            Moment(net(t + told), None if t0 is None else net(t0 + told), x_mask)
+            for net, told in ((self.t_block, space), (self.t_block_temp, length))
         )
         tokens = self._tokens(x.to(dtype), (tall[0].item() * wide[0].item()) ** 0.5)
         text = pack_text(self.y_embedder(y.to(dtype)), mask)
@@ -194,9 +197,9 @@ class STDiT2Block(nn.Module):
         return drop_path(residual, self.drop_path_rate, self.training)
 
 
-def _known(fact: Tensor | None) -> Tensor:
-    if fact is None:
-        raise ClipFactsMissing(
-            "STDiT-2 needs num_frames, height, width, ar and fps of the clips: pass all five, [B] each"
-        )
-    return fact
+def _all_five(facts: ClipFacts) -> tuple[Tensor, ...]:
+    """Facts in the order of `ClipFacts`."""
+    missing = [name for name in ClipFacts.__annotations__ if facts.get(name) is None]
+    if missing:
+        raise ClipFactsMissing(f"STDiT-2 was not told {', '.join(missing)} of the clips; pass them by name, [B] each")
+    return facts["num_frames"], facts["height"], facts["width"], facts["ar"], facts["fps"]

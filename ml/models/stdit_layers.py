@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ml.models.attention import attention, packed_attention
 from ml.models.layers import NORM_EPS, modulate, timestep_embedding
+from ml.models.rope import rotate_pairs
 
 TIME_FEATURES = 256
 Rope = tuple[Tensor, Tensor]
@@ -171,7 +172,9 @@ class Attention(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None and not self.rope_first:
             query, key = rotate_pairs(query, *rope), rotate_pairs(key, *rope)
-        joined: Tensor = self.proj(rearrange(attention(query, key, value, mask), "b n l d -> b l (n d)"))
+        # Autocast leaves the norm's output wider than the value.
+        heard = attention(query.to(value.dtype), key.to(value.dtype), value, mask)
+        joined: Tensor = self.proj(rearrange(heard, "b n l d -> b l (n d)"))
         return joined
 
 
@@ -247,14 +250,6 @@ def plane(rows: Tensor, columns: Tensor, size: int) -> Tensor:
     across = sincos(columns, size // 2).expand(len(rows), -1, -1)
     down = sincos(rows, size // 2)[:, None].expand(-1, len(columns), -1)
     return torch.cat([across, down], dim=-1).flatten(0, 1)
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate lane 2i with lane 2i+1: x [...,L,size] with cos, sin [L,size/2]; computed in at least float32."""
-    pairs = x.to(torch.promote_types(x.dtype, cos.dtype))
-    first, second = pairs[..., 0::2], pairs[..., 1::2]
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
 
 
 def table(count: int, width: int) -> nn.Parameter:
