@@ -5,7 +5,7 @@ pooled text size. Parameters carry the names of the original (om/mmdit/model.py,
 (`fused_qkv: false`) and Flux's weights (`fused_qkv: true`, `use_liger_rope: false`) load strictly.
 """
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from einops import rearrange
@@ -21,6 +21,18 @@ from ml.models.sequence import PlainSequence, SequenceParallel
 from ml.models.weights import Card, Origin
 
 TIME_FEATURES = 256
+
+
+class Conditions(TypedDict, total=False):
+    """Further keywords of the forward, under the original's names.
+
+    `cond` [B,L,C p p + p p] is the mask and the masked latent, packed (absent or None = nothing is given, where the
+    original refuses); `guidance` [B] is for a guidance-distilled network. Others are taken and ignored, as by the
+    original.
+    """
+
+    cond: Tensor | None
+    guidance: Tensor | None
 
 
 class MMDiT(nn.Module):
@@ -87,7 +99,7 @@ class MMDiT(nn.Module):
         """What `forward` gave, as a velocity [B,C,t,h,w] of the latents x."""
         return unpack(output, tuple(x.shape[2:]), self.config.patch_size)
 
-    def forward(  # noqa: PLR0913  (the parameters of the original)
+    def forward(
         self,
         img: Tensor,
         img_ids: Tensor,
@@ -95,19 +107,17 @@ class MMDiT(nn.Module):
         txt_ids: Tensor,
         timesteps: Tensor,
         y_vec: Tensor,
-        cond: Tensor | None = None,
-        guidance: Tensor | None = None,
-        **kwargs: object,
+        **conditions: Unpack[Conditions],
     ) -> Tensor:
         """Velocity of the flow for every visual token: [B,L,C p p].
 
         img [B,L,C p p] at positions img_ids [B,L,3], txt [B,S,context] at txt_ids [B,S,3], timesteps [B] in 0..1 (1 is
-        noise), y_vec [B,P] the pooled text, cond [B,L,C p p + p p] (mask and masked latent, packed; None means that
-        nothing is given, where the original refuses), guidance [B] for a guidance-distilled network. Further keywords
-        are taken and ignored, as by the original. Raises ValueError when a distilled network gets no guidance.
+        noise), y_vec [B,P] the pooled text, and `Conditions`. Raises ValueError when a distilled network gets no
+        guidance.
         """
-        vec = self._vec(timesteps, y_vec, guidance, img.dtype)
-        img, txt = self.sp.split(self._embed(img, cond), dim=1), self.sp.split(self.txt_in(txt), dim=1)
+        vec = self._vec(timesteps, y_vec, conditions.get("guidance"), img.dtype)
+        img = self.sp.split(self._embed(img, conditions.get("cond")), dim=1)
+        txt = self.sp.split(self.txt_in(txt), dim=1)
         rope = self._rope(torch.cat([self.sp.split(txt_ids, dim=1), self.sp.split(img_ids, dim=1)], dim=1), img.dtype)
         for index, block in enumerate(self.double_blocks):
             img, txt = self._run(block, index < self.checkpoint_blocks[0], img, txt, vec, rope)
