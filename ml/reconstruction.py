@@ -14,8 +14,9 @@ class Adversarial(Section):
 
     From `start_step` on (steps count from 1; 0 and 1 both mean from the first), the generator's term joins the loss and
     the discriminator learns. `weight` multiplies the term, after `adaptive` has scaled it so that its gradient at the
-    decoder's last layer is as long as that of the other terms (Open-Sora's own way, every version). Defaults: 1.3
-    (cfg/vae_v1_3/train, three layers, 0.5); Video DC-AE has five layers, 0.05 and a rate of 1e-4.
+    decoder's last layer is as long as that of the pixel and perceptual terms (every version of Open-Sora does so).
+    Defaults are 1.3's (cfg/vae_v1_3/train); Video DC-AE's are 5 layers, dropout 0.3, weight 0.05, rate 1e-4 and betas
+    (0.9, 0.98) (cfg/vae/train/video_dc_ae_disc.py, main).
     """
 
     weight: PositiveFloat = 0.5
@@ -24,6 +25,7 @@ class Adversarial(Section):
     loss: Literal["hinge"] = "hinge"
     layers: Positive = 3
     channels: Positive = 64
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lr: PositiveFloat = 5e-6
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
@@ -34,9 +36,11 @@ class Adversarial(Section):
 class AutoencoderLoss(Section):
     """Weights of what an autoencoder minimises; a term of weight 0 is not computed.
 
-    `reconstruction` is L1 of the pixels, `perceptual` LPIPS of the frames, `kl` the posterior's divergence. The two of
-    1.2's inner, temporal network: `latent` is L1 between the per-frame latents and what comes back of them, for clips;
-    `identity` is the same for single images, whose 3-D latent should be the 2-D one.
+    `reconstruction` is the mean L1 of the pixels, `perceptual` the mean LPIPS of the frames. `kl` weighs the divergence
+    of a whole clip's posterior, divided by the values of one frame: the originals add up where this takes means, over
+    a frame for the pixels and over the clip for the divergence, so that their weights (1e-6) hold here. The two of
+    1.2's inner, temporal network: `latent` is the mean L1 between the per-frame latents and what comes back of them;
+    `identity`, for single images only, that between the per-frame latent and the 3-D one.
     """
 
     reconstruction: Weight
