@@ -7,17 +7,10 @@ from ml.recipe import Recipe
 from ml.sections import AutoencoderStage
 
 LPIPS = ("weights", "lpips_alex")
-_NETWORK = (
-    "kind",
-    "channels",
-    "layers_per_block",
-    "norm_groups",
-    "latent_channels",
-    "temporal_stride",
-    "spatial_stride",
+_TRAINING = (
+    *("tier", "part", "steps", "resolution", "frames", "random_frames", "image_fraction"),
+    *("batch", "optimizer", "ema_decay", "loss"),
 )
-_MEASURED = ("fps", "resolution", "frames")
-_TRAINING = ("tier", "steps", "resolution", "frames", "image_fraction", "batch", "optimizer", "loss")
 
 
 def lpips_step() -> Step:
@@ -55,7 +48,7 @@ def _imported(recipe: Recipe) -> Step:
         work=Function(_import),
         purpose="storage",
         recipe=recipe,
-        reads=(*(f"autoencoder.{field}" for field in _NETWORK), "autoencoder.weights_uri", "autoencoder.scale"),
+        reads=("autoencoder.net", "autoencoder.latent", "autoencoder.weights_uri"),
         kinds=frozenset({"pytorch"}),
         owner="team:training",
     )
@@ -83,8 +76,8 @@ def _stage(recipe: Recipe, stage: AutoencoderStage, before: tuple[str, str] | No
             "seed",
             "sampling.fps",
             "model.patch",
-            "autoencoder.scale",
-            *(f"autoencoder.{field}" for field in _NETWORK),
+            "autoencoder.net",
+            "autoencoder.latent",
             *(f"autoencoder.stages.{stage.name}.{field}" for field in _TRAINING),
         ),
         inputs=dataset | init | perceptual,

@@ -15,7 +15,7 @@ def latent_steps(recipe: Recipe) -> list[Step]:
             work=Entry("ml.encode", "latents", recipe.compute.encode),
             purpose="data",
             recipe=recipe,
-            reads=("text", "seed", "sampling.fps", "model.patch", *_buckets(recipe)),
+            reads=("text", "seed", "sampling.fps", "model.patch", "model.conditioning", *_buckets(recipe)),
             inputs={"dataset": ((recipe.name, "dataset_version"),), "autoencoder": (autoencoder_key(recipe),)},
             kinds=frozenset({"pytorch", "parquet"}),
             owner="team:training",

@@ -10,7 +10,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError
 
-from ml.sections import Name, Section
+from ml.section import Name, Section
 
 PACKAGED = Path(__file__).parent / "prompts"
 

@@ -18,6 +18,7 @@ from pydantic_core import to_jsonable_python
 from ml import sections as s
 from ml.architectures import MMDiT, Model
 from ml.processes import KINDS, SAMPLED_KINDS, Objective, Sampling, check_solver
+from ml.section import Name, PositiveFloat, Section
 from ml.shapes import Size, Strides, sizes_of
 
 PACKAGED = Path(__file__).parent / "recipes"
@@ -27,11 +28,11 @@ class RecipeError(ValueError):
     """A recipe that cannot be used, with one line for each thing that is wrong."""
 
 
-class Recipe(s.Section):
+class Recipe(Section):
     """The whole document, sections in data-flow order."""
 
-    name: s.Name
-    profile: s.Name
+    name: Name
+    profile: Name
     title: str
     generation: str
     seed: int
@@ -46,7 +47,7 @@ class Recipe(s.Section):
     sampling: Sampling
     evaluation: s.Evaluation
     compute: s.ComputeByStep
-    budget_usd: s.PositiveFloat
+    budget_usd: PositiveFloat
 
     @property
     def id(self) -> str:
@@ -192,7 +193,8 @@ class Recipe(s.Section):
             problems.append("autoencoder.latent: weights_uri without stages needs it, as only training measures it")
         for stage in autoencoder.stages:
             if stage.part != "all" and autoencoder.kind != "opensora_v1_2":
-                problems.append(f"autoencoder.stages.{stage.name}: {autoencoder.kind} has no {stage.part} part to train")
+                where = f"autoencoder.stages.{stage.name}"
+                problems.append(f"{where}: {autoencoder.kind} has no {stage.part} part to train")
         for name in ("mean", "std"):
             given = len(getattr(autoencoder.latent, name)) if autoencoder.latent else 0
             if given not in (0, autoencoder.latent_channels):

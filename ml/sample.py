@@ -22,7 +22,7 @@ from infra.workspace import Workspace
 from ml.batching.buckets import Bucketing
 from ml.batching.datasets import ClipDataset, LatentDataset, to_frames, to_video
 from ml.batching.video import Frames, read_clip, write_clip
-from ml.diffusion import guidance, solver, timesteps
+from ml.diffusion.process import build_process
 from ml.engines.plain import device_of
 from ml.entry import Call, CallError, lpips_weights, parse
 from ml.metrics import psnr, ssim
@@ -30,7 +30,9 @@ from ml.models.lpips import load_lpips
 from ml.models.text import build_text_encoder
 from ml.pictures import Strip, curves, sheet, spread
 from ml.recipe import Recipe
-from ml.shapes import ASPECT_RATIOS, Size, nearest_size, sizes_of
+from ml.sampling.generator import Generator, Networks
+from ml.sampling.requests import Request, read_requests
+from ml.shapes import Size
 from ml.training.held_out import Grid, HeldOut, chosen_clips, even_times, held_out_loss
 from ml.training.networks import open_autoencoder, open_transformer
 
@@ -49,27 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_samples(call: Call) -> None:
-    """A video for every prompt and seed, their table, and a contact sheet; videos already there are kept."""
-    sampler = Sampler(call)
-    prompts, seeds = read_prompts(call), call.recipe.evaluation.seeds
+    """A video for every request and seed, their table, and a contact sheet; videos already there are kept."""
+    generator = Generator(call.recipe, open_networks(call))
+    requests, seeds = requests_of(call), call.recipe.evaluation.seeds
     (call.out / "videos").mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
     made = 0
-    with tqdm(total=len(prompts) * len(seeds), desc="samples", unit="video", mininterval=1.0) as bar:
-        for index, prompt in enumerate(prompts):
+    with tqdm(total=len(requests) * len(seeds), desc="samples", unit="video", mininterval=1.0) as bar:
+        for index, request in enumerate(requests):
             paths = {seed: call.out / "videos" / f"{index}-{seed}.mp4" for seed in seeds}
             missing = [seed for seed, path in paths.items() if not path.is_file()]
             if missing:
-                for seed, frames in zip(missing, sampler.videos(prompt, missing), strict=True):
+                for seed, frames in zip(missing, generator.videos(request, missing), strict=True):
                     write_clip(paths[seed], frames, call.recipe.sampling.fps)
                 made += len(missing)
-            rows += [sampler.row(index, prompt, seed, path) for seed, path in paths.items()]
+            rows += [row_of(generator, index, request, seed, path) for seed, path in paths.items()]
             bar.update(len(seeds))
             call.log.heartbeat()
     pd.DataFrame(rows).to_parquet(call.out / "samples.parquet", index=False)
     strips = [
-        Strip(prompt, [_frames_of(call.out / row["path"], sampler.size) for row in rows if row["prompt_index"] == i])
-        for i, prompt in enumerate(prompts)
+        Strip(part.prompt, [_frames_of(call.out / r["path"], generator.size) for r in rows if r["prompt_index"] == i])
+        for i, part in enumerate(requests)
     ]
     seeds_named = ", ".join(map(str, seeds))
     sheet(
@@ -77,80 +79,42 @@ def make_samples(call: Call) -> None:
         call.out / "contact_sheet.png",
         title=f"{call.recipe.id}: {SHEET_FRAMES} frames of each seed ({seeds_named})",
     )
+    evaluations = float(generator.plan.evaluations * generator.sampling.loops)
     call.finish(
-        metrics={"samples": float(len(rows)), "samples_made": float(made), "evaluations": float(sampler.evaluations)},
-        facts={"size": str(sampler.size), "frames": call.recipe.sampling.frames, "shift": sampler.alpha},
+        metrics={"samples": float(len(rows)), "samples_made": float(made), "evaluations": evaluations},
+        facts={"size": str(generator.size), "frames": generator.frames, "shift": generator.plan.shift},
         pictures=["contact_sheet.png"],
     )
 
 
-class Sampler:
-    """The networks of a call and the plan by which they sample: Euler, shifted times, guidance without wasted rows."""
-
-    def __init__(self, call: Call) -> None:
-        recipe, self.device = call.recipe, device_of(call.recipe.compute.sample)
-        self.recipe, sampling = recipe, call.recipe.sampling
-        self.network = open_transformer(recipe, call.input("checkpoint")).to(self.device)
-        self.autoencoder = open_autoencoder(recipe, call.input("autoencoder")).to(self.device)
-        self.text = build_text_encoder(recipe.text, Workspace(call.workspace).cache / "text", str(self.device))
-        self.size = sample_size(recipe)
-        self.shape = self.autoencoder.latent_shape(sampling.frames, self.size.height, self.size.width)
-        tokens_per_frame = recipe.strides.tokens(self.size, 1)
-        self.alpha = timesteps.alpha(recipe.objective.shift, tokens_per_frame, self.shape[1])
-        self.steps = guidance.plan(guidance.Guidance.of(sampling), sampling.steps, "t2v", self.shape[1])
-        self.evaluations = guidance.num_evaluations(self.steps)
-
-    @torch.inference_mode()
-    def videos(self, prompt: str, seeds: Sequence[int]) -> list[Frames]:
-        """One clip [T,H,W,3] uint8 for each seed; the same seed gives the same clip whatever seeds stand beside it."""
-        start = solver.noise(self.shape, seeds).to(self.device)
-        velocity = guidance.GuidedVelocity(self.network, self.steps, self._text(prompt, seeds), self._text("", seeds))
-        latents = solver.solve(velocity, start, timesteps.grid(self.recipe.sampling.steps, self.alpha))
-        return [to_frames(self.autoencoder.decode(latent[None]))[0] for latent in latents]
-
-    def row(self, index: int, prompt: str, seed: int, path: Path) -> dict[str, Any]:
-        """The row of one video in `samples.parquet`."""
-        sampling = self.recipe.sampling
-        return {
-            "prompt": prompt,
-            "prompt_index": index,
-            "seed": seed,
-            "path": f"{path.parent.name}/{path.name}",
-            "frames": sampling.frames,
-            "height": self.size.height,
-            "width": self.size.width,
-            "fps": float(sampling.fps),
-        }
-
-    def _text(self, prompt: str, seeds: Sequence[int]) -> guidance.Text:
-        context, pooled = (part.to(self.device) for part in self.text.encode([prompt]))
-        return guidance.Text(context.expand(len(seeds), -1, -1), pooled.expand(len(seeds), -1))
+def row_of(generator: Generator, index: int, request: Request, seed: int, path: Path) -> dict[str, Any]:
+    """The row of one video in `samples.parquet`."""
+    return {
+        "prompt": request.prompt,
+        "prompt_index": index,
+        "seed": seed,
+        "path": f"{path.parent.name}/{path.name}",
+        "frames": generator.frames,
+        "height": generator.size.height,
+        "width": generator.size.width,
+        "fps": float(generator.sampling.fps),
+    }
 
 
-def read_prompts(call: Call) -> list[str]:
-    """Prompts of `--option prompts=FILE`, or of `prompts.json` in `--input prompts=FOLDER`; a list of texts.
-
-    Raises CallError for anything else.
-    """
-    path = Path(call.option("prompts")) if "prompts" in call.options else call.input("prompts") / "prompts.json"
-    prompts = json.loads(path.read_text(encoding="utf-8"))
-    if not prompts or not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise CallError(f"{path} must hold a JSON list of prompts, each a text")
-    return prompts
+def open_networks(call: Call) -> Networks:
+    """The networks of a call's step folders, on the device that samples."""
+    recipe, device = call.recipe, device_of(call.recipe.compute.sample)
+    return Networks(
+        open_transformer(recipe, call.input("checkpoint")).to(device),
+        open_autoencoder(recipe, call.input("autoencoder")).to(device),
+        build_text_encoder(recipe.text, Workspace(call.workspace).cache / "text", str(device)),
+    )
 
 
-def sample_size(recipe: Recipe) -> Size:
-    """The size of the sampling section's resolution that is nearest to its aspect; raises CallError for an unknown one.
-
-    Small resolutions have few sizes: 96px has 64x128 for 16:9.
-    """
-    aspect, sizes = recipe.sampling.aspect, sizes_of(recipe.sampling.resolution, recipe.strides.pixels)
-    if aspect in sizes:
-        return sizes[aspect]
-    if aspect not in ASPECT_RATIOS:
-        raise CallError(f"sampling.aspect {aspect!r} is unknown; known: {', '.join(ASPECT_RATIOS)}")
-    shape = Size(height=1000, width=round(1000 * ASPECT_RATIOS[aspect]))
-    return nearest_size(recipe.sampling.resolution, recipe.strides.pixels, shape)
+def requests_of(call: Call) -> list[Request]:
+    """The requests of `--option prompts=FILE`, or of `prompts.json` in `--input prompts=FOLDER`."""
+    given = "prompts" in call.options
+    return read_requests(Path(call.option("prompts")) if given else call.input("prompts") / "prompts.json")
 
 
 def _frames_of(path: Path, size: Size) -> Frames:
@@ -169,7 +133,8 @@ def measure_losses(call: Call) -> None:
         raise CallError(f"losses needs one --input checkpoint for each of --option stages: {len(folders)} for {names}")
     latents = LatentDataset(call.input("latents"))
     keys = chosen_clips(latents.groups("holdout"), recipe.evaluation.loss_clips, recipe.seed)
-    grid = Grid(keys, even_times(recipe.evaluation.loss_timesteps), recipe.seed, recipe.objective.sigma_min)
+    times = even_times(recipe.evaluation.loss_timesteps)
+    grid = Grid(keys, times, recipe.seed, build_process(recipe.objective))
     found: dict[str, HeldOut] = {}
     networks = [("untrained", None), *zip(names, folders, strict=True)]
     for name, folder in tqdm(networks, desc="held-out loss", unit="network"):
@@ -186,7 +151,7 @@ def measure_losses(call: Call) -> None:
         "num_latents": grid.num_latents,
     }
     atomic_write(call.out / "losses.json", json.dumps(document, indent=2))
-    labels = (f"{recipe.id}: held-out loss", "time of the flow (0 data, 1 noise)", "mean squared velocity error")
+    labels = (f"{recipe.id}: held-out loss", "time of the flow (0 data, 1 noise)", "mean squared error")
     curves({name: result.by_timestep for name, result in found.items()}, grid.times, labels, call.out / "losses.png")
     metrics = {f"loss_{name}": result.mean for name, result in found.items()}
     call.finish(
@@ -211,7 +176,10 @@ def measure_reconstruction(call: Call) -> None:
         raise CallError("no training clip has the frames and pixels that the mean frame is taken at: add footage")
     means = mean_frames(seen, [clip.shape[1:3] for clip in originals])
     with torch.inference_mode():
-        passed = [autoencoder.decode(autoencoder.encode(to_video([clip]).to(device))).cpu() for clip in tqdm(originals)]
+        passed = [
+            autoencoder.decode(autoencoder.encode(to_video([clip]).to(device)), len(clip)).cpu()
+            for clip in tqdm(originals)
+        ]
     rebuilt = [to_frames(video)[0] for video in passed]
     lpips, reason = lpips_of(call, originals, rebuilt)
     document = {

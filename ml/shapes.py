@@ -122,7 +122,7 @@ def sizes_of(resolution: str, multiple: int) -> dict[str, Size]:
     """
     area = nominal_area(resolution)
     if resolution in NOMINAL_AREAS:
-        listed = {name: Size(h // multiple * multiple, w // multiple * multiple) for name, (h, w) in _listed(resolution)}
+        listed = {name: _floor(Size(*size), multiple) for name, size in table(resolution).items()}
         return _distinct(listed, resolution, multiple)
     if not resolution.endswith("px"):
         height, width = (int(part) for part in resolution.split("x"))
@@ -140,8 +140,8 @@ def nearest_size(resolution: str, multiple: int, size: Size) -> Size:
     return min(sizes_of(resolution, multiple).values(), key=lambda s: abs(math.log(s.width / s.height) - wanted))
 
 
-def _listed(resolution: str) -> list[tuple[str, tuple[int, int]]]:
-    return list(table(resolution).items())
+def _floor(size: Size, multiple: int) -> Size:
+    return Size(size.height // multiple * multiple, size.width // multiple * multiple)
 
 
 def _distinct(sizes: dict[str, Size], resolution: str, multiple: int) -> dict[str, Size]:

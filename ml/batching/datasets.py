@@ -24,7 +24,7 @@ from ml.shapes import Size
 
 TEXT_FILE, TEXT_PARTS = "text.safetensors", ("context", "pooled", "mask")
 NULL = "null"
-# Suffixes of the tensors that hold a clip's first and last frame encoded alone, as a person gives them at sampling time.
+# Suffixes of the tensors that hold a clip's first and last frame encoded alone, as a person gives them.
 HEAD, TAIL = "head", "tail"
 CACHE_BYTES = 1 << 30
 
@@ -180,7 +180,6 @@ class AutoencoderClips:
         frames = 1 if image else self._length(where, batch.cell.frames)
         rng = np.random.default_rng(where)
         return to_video([self.clips.read(clip_id, batch.cell.size, frames, rng) for clip_id in batch.ids])
-
 
     def _length(self, where: tuple[int, ...], frames: int) -> int:
         if not self.stage.random_frames:

@@ -48,7 +48,7 @@ def build_text_encoder(text: sections.Text, weights: Path | None = None, device:
     if text.kind == "minilm":
         return MiniLM(text, packaged_minilm(), device)
     if weights is None:
-        raise TextEncoderError(f"{text.kind} needs a weights folder that holds {T5_FOLDER} (t5_clip: {CLIP_FOLDER} too)")
+        raise TextEncoderError(f"{text.kind} needs a folder that holds {T5_FOLDER} (t5_clip: {CLIP_FOLDER} too)")
     return T5(text, weights / T5_FOLDER, weights / CLIP_FOLDER if text.kind == "t5_clip" else None, device)
 
 

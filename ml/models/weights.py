@@ -26,7 +26,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Card:
-    """Everything needed to rebuild the network: kind, configuration, origin, and how an autoencoder's latents are scaled.
+    """Everything needed to rebuild the network: kind, configuration, origin, and the scale of an autoencoder's latents.
 
     `latent` holds the fields of `ml.architectures.Latent`.
     """

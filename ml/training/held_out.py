@@ -1,4 +1,4 @@
-"""Held-out loss: the flow-matching loss of a transformer on clips it never saw, on a fixed grid of times and noise.
+"""Held-out loss: the squared error of a transformer on clips it never saw, on a fixed grid of times and noise.
 
 The same clips, times and noise for every network, so that differences are the network's. Letters: B batch, C latent
 channels, t h w latent grid.
@@ -10,22 +10,23 @@ from dataclasses import dataclass
 import torch
 
 from ml.batching.buckets import Cell, uniform
-from ml.batching.datasets import LatentDataset
-from ml.diffusion import rectified_flow
+from ml.batching.datasets import LatentBatch, LatentDataset
+from ml.diffusion.process import Process
 from ml.manifest import stable_id
-from ml.models.mmdit import MMDiT
+from ml.models.inputs import Inputs, denoise
+from ml.models.networks import Network
 
 BATCH = 16
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What every network is measured on: keys by bucket, times in 0..1, the seed of the noise, and sigma_min."""
+    """What every network is measured on: keys by bucket, times in 0..1, the seed of the noise, and the process."""
 
     keys: Mapping[Cell, Sequence[str]]
     times: tuple[float, ...]
     seed: int
-    sigma_min: float
+    process: Process
 
     @property
     def num_latents(self) -> int:
@@ -56,8 +57,8 @@ def chosen_clips(keys: Mapping[Cell, Sequence[str]], number: int, seed: int) -> 
 
 
 @torch.inference_mode()
-def held_out_loss(network: MMDiT, latents: LatentDataset, grid: Grid, device: torch.device) -> HeldOut:
-    """Mean squared error of the velocity, text-conditioned and with nothing given, in float32."""
+def held_out_loss(network: Network, latents: LatentDataset, grid: Grid, device: torch.device) -> HeldOut:
+    """Mean squared error of what the network predicts (velocity or noise), with text and nothing given, in float32."""
     table: dict[str, list[list[float]]] = {}
     for cell, keys in grid.keys.items():
         for start in range(0, len(keys), BATCH):
@@ -69,20 +70,25 @@ def held_out_loss(network: MMDiT, latents: LatentDataset, grid: Grid, device: to
 
 
 def _losses(
-    network: MMDiT, latents: LatentDataset, keys: Sequence[str], grid: Grid, device: torch.device
+    network: Network, latents: LatentDataset, keys: Sequence[str], grid: Grid, device: torch.device
 ) -> list[list[float]]:
     """A row for each key, a column for each time."""
     batch = latents.load(keys)
-    data, text = batch.latents.to(device), batch.text
+    data, inputs = batch.latents.to(device), _inputs(batch, device)
     columns = []
-    for index, time in enumerate(grid.times):
+    for index, fraction in enumerate(grid.times):
         noise = torch.stack([_noise(data.shape[1:], grid.seed, key, index) for key in keys]).to(device)
-        times = torch.full((len(keys),), time, device=device)
-        noisy = rectified_flow.interpolate(data, noise, times, grid.sigma_min)
-        velocity = network(noisy, times, text.context.to(device), text.pooled.to(device))
-        wanted = rectified_flow.target(data, noise, grid.sigma_min)
-        columns.append(rectified_flow.loss(velocity, wanted).tolist())
+        times = grid.process.at(fraction, len(keys), device)
+        noisy = grid.process.noisy(data, noise, times)
+        output = denoise(network, network, noisy, grid.process.network_time(times), inputs)
+        columns.append(grid.process.errors(output.float(), data, noise, times).tolist())
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _inputs(batch: LatentBatch, device: torch.device) -> Inputs:
+    """Text and geometry of a batch, nothing given."""
+    text, size = batch.text.to(device, torch.float32), batch.cell.size
+    return Inputs(text, size.height, size.width, batch.cell.frames, batch.fps.to(device))
 
 
 def _noise(shape: torch.Size, seed: int, key: str, index: int) -> torch.Tensor:

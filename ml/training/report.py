@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ml.sections import Section
+from ml.section import Section
 from ml.training.curves import edge_losses, plot_losses, read_log
 from ml.training.trainer import Trainer
 

@@ -1,8 +1,8 @@
 """One training step of the transformer: where noise is added, the network is asked, and the loss goes backward.
 
 `take_step` is the same for every objective; `Denoising` is that of every generation: the process (`ml/diffusion`) says
-how noise is added and what is learned of it, `ml/training/given.py` what the network is given of the clip. Letters: B
-batch, C latent channels, t h w latent grid (the time of the process is `times`), S text tokens, P pooled width.
+how noise is added and what is learned of it, and which frames the network is given. Letters: B batch, C latent
+channels, t h w latent grid (the time of the process is `times`), S text tokens, P pooled width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ml.batching.datasets import LatentBatch
+from ml.diffusion.draws import Conditioner, Draw, Ends
 from ml.diffusion.process import Process, Shape
 from ml.engines.protocol import Engine
 from ml.models.inputs import Denoiser, Inputs, Text, denoise
 from ml.shapes import Size, Strides
-from ml.training.given import Given, Giving
 
 Data = TypeVar("Data", contravariant=True)
 
@@ -119,9 +119,9 @@ class Denoising(Objective[LatentBatch]):
     """A batch of latents is noised and the network says what it should of it; given frames and dropped texts drawn."""
 
     def __init__(
-        self, process: Process, network: Denoiser, giving: Giving, dropping: Dropping, strides: Strides
+        self, process: Process, network: Denoiser, conditioner: Conditioner, dropping: Dropping, strides: Strides
     ) -> None:
-        self.process, self.network, self.giving = process, network, giving
+        self.process, self.network, self.conditioner = process, network, conditioner
         self.dropping, self.strides = dropping, strides
 
     def loss(self, engine: Engine, data: LatentBatch, generator: torch.Generator) -> Loss:
@@ -130,13 +130,14 @@ class Denoising(Objective[LatentBatch]):
         shape = shape_of(data, self.strides)
         times = self.process.draw(len(latents), shape, generator)
         noise = torch.randn(latents.shape, generator=generator, device=engine.device)
-        given = self.giving.draw(data, generator)
-        text = self.dropping.apply(data.text, generator, given.drop_text)
-        inputs = inputs_of(data, text.to(engine.device, engine.dtype), given, engine)
+        drawn = self.conditioner.draw(
+            latents, generator, Ends(*(_moved(end, engine) for end in (data.heads, data.tails)))
+        )
+        text = self.dropping.apply(data.text, generator, drawn.drop_text)
+        inputs = inputs_of(data, text.to(engine.device, engine.dtype), drawn, engine)
         noisy = self.process.noisy(latents, noise, times, inputs.active).to(engine.dtype)
         output = denoise(engine.model, self.network, noisy, self.process.network_time(times), inputs)
-        weights = None if given.weights is None else given.weights.to(engine.device)
-        value = self.process.losses(output.float(), latents, noise, times, weights).mean()
+        value = self.process.losses(output.float(), latents, noise, times, drawn.weights).mean()
         return Loss(value, len(latents), len(latents) * shape.tokens_per_frame * shape.latent_frames)
 
 
@@ -152,7 +153,7 @@ def tokens_per_frame(size: Size, strides: Strides) -> int:
     return strides.tokens(size, 1)
 
 
-def inputs_of(data: LatentBatch, text: Text, given: Given, engine: Engine) -> Inputs:
+def inputs_of(data: LatentBatch, text: Text, drawn: Draw, engine: Engine) -> Inputs:
     """What the network is told of a batch, on the engine's device."""
     device, size = engine.device, data.cell.size
     return Inputs(
@@ -161,10 +162,14 @@ def inputs_of(data: LatentBatch, text: Text, given: Given, engine: Engine) -> In
         width=size.width,
         frames=data.cell.frames,
         fps=data.fps.to(device),
-        condition=None if given.condition is None else given.condition.to(device, engine.dtype),
-        active=None if given.active is None else given.active.to(device),
-        given=given.indices,
+        condition=None if drawn.condition is None else drawn.condition.to(device, engine.dtype),
+        active=drawn.active,
+        given=drawn.given,
     )
+
+
+def _moved(tensor: Tensor | None, engine: Engine) -> Tensor | None:
+    return None if tensor is None else tensor.to(engine.device)
 
 
 def _mean(values: Sequence[float]) -> float:

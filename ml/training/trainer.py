@@ -74,8 +74,9 @@ class Trainer:
         with losses_closed(losses), bar, stop_asked() as asked:
             for step in range(done + 1, self.plan.steps + 1):
                 row = self._step(step)
+                terms = {f"loss_{name}": value for name, value in row.pop("terms").items()}
                 losses.add(row)
-                self.log.metrics({name: float(row[name]) for name in LOGGED}, step=step)
+                self.log.metrics({**{name: float(row[name]) for name in LOGGED}, **terms}, step=step)
                 self.log.heartbeat()
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
@@ -126,6 +127,7 @@ class Trainer:
             "seconds": seconds,
             "examples": report.examples,
             "tokens": report.tokens,
+            "terms": report.terms,
             "bucket": "+".join(str(batch.cell) for batch in batches),
         }
 

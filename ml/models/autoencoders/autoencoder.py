@@ -6,6 +6,7 @@ what the network gives; latents are normalised, (z - mean) / std * scale, so tha
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ class Passed:
     logvar: Tensor | None
     sample: Tensor
     inner: tuple[Tensor, Tensor] | None = None
+
+
+Part = Literal["all", "spatial", "temporal"]
 
 
 class VideoAutoencoder(nn.Module):
@@ -58,6 +62,14 @@ class VideoAutoencoder(nn.Module):
     @abstractmethod
     def tile(self, enabled: bool) -> None:
         """Switch tiling: large inputs are cut into blended tiles, which bounds memory and changes results a little."""
+
+    @abstractmethod
+    def initialise(self) -> None:
+        """Give a small network weights to train from: it begins as the blurred picture, not as noise."""
+
+    @abstractmethod
+    def train_only(self, part: Part) -> None:
+        """Freeze everything else; ValueError for a part that the network does not have."""
 
     def encode(self, video: Tensor) -> Tensor:
         """Normalised latent of a video [B,3,T,H,W] in [-1,1]: the posterior mean, [B,C,t,h,w]."""

@@ -1,0 +1,176 @@
+"""From a request to clips: text, references and noise through the networks of a recipe, in every mode it knows.
+
+Letters: B clips (seeds), C latent channels, t h w latent grid, T frames, H W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ml.aspects import ASPECT_RATIOS
+from ml.batching.datasets import to_frames
+from ml.batching.video import Frames
+from ml.diffusion import guidance, mask_strategy, solver
+from ml.diffusion.conditions import Given, Kind, fitting
+from ml.diffusion.timesteps import Shape
+from ml.models.autoencoders.autoencoder import VideoAutoencoder
+from ml.models.inputs import Inputs, Text, denoise
+from ml.models.networks import Network
+from ml.models.text import TextEncoder
+from ml.recipe import Recipe
+from ml.sampling.references import encode_reference, encode_video, given_by_kind, given_by_strategy
+from ml.sampling.requests import Request, RequestError
+from ml.score_text import with_scores
+from ml.shapes import Size, nearest_size, sizes_of
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a generator drives: transformer, autoencoder, text encoder; the first two on one device."""
+
+    transformer: Network
+    autoencoder: VideoAutoencoder
+    text: TextEncoder
+
+
+class Generator:
+    """Clips of one recipe's size and length; the same seed gives the same clip whatever seeds stand beside it."""
+
+    def __init__(self, recipe: Recipe, networks: Networks) -> None:
+        self.recipe, self.networks, self.sampling = recipe, networks, recipe.sampling
+        self.size = sample_size(recipe)
+        self.grid = networks.autoencoder.latent_shape(self.sampling.frames, self.size.height, self.size.width)
+        self.device = next(networks.transformer.parameters()).device
+
+    @cached_property
+    def plan(self) -> solver.Sampler:
+        """The plan of the recipe's own kind, for its figures."""
+        return self._sampler(self._kind(self.sampling.condition))
+
+    @torch.inference_mode()
+    def videos(self, request: Request, seeds: Sequence[int]) -> list[Frames]:
+        """One clip [T,H,W,3] uint8 for each seed.
+
+        Raises RequestError when the network takes no such references, MaskStrategyError for a strategy that cannot be
+        followed, ValueError for references that are too few or too short.
+        """
+        placements = self._placements(request)
+        references = [self._reference(path) for path in request.references]
+        own = [list(references) for _ in seeds]
+        fresh = solver.Noise(self.grid, seeds, self.device)
+        film: Tensor | None = None
+        for loop in range(self.sampling.loops):
+            if film is not None:
+                placements = (*placements, self._continue(own, film, loop))
+            given = self._given(request, own, placements, loop)
+            kind = given.kind if given is not None else "t2v"
+            text = mask_strategy.loop_prompt(request.prompt, loop)
+            latents = self._sampler(kind).run(self._call, fresh, *self._inputs(text, len(seeds)), given)
+            clip = self.networks.autoencoder.decode(latents, self.sampling.frames).cpu()
+            film = clip if film is None else torch.cat([film, clip[:, :, self.shared_frames :]], dim=2)
+        assert film is not None  # loops count from 1
+        return to_frames(film)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a film: of one clip, or of loops that share some."""
+        return mask_strategy.loop_frames(self.sampling.frames, self.sampling.loops, self.shared_frames)
+
+    @property
+    def shared_frames(self) -> int:
+        """Frames that a loop shares with the one before."""
+        return self.networks.autoencoder.longest(self.sampling.loop_latents) if self.sampling.loop_latents else 0
+
+    def _call(self, x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
+        network = self.networks.transformer
+        return denoise(network, network, x, t, inputs)
+
+    def _sampler(self, kind: Kind) -> solver.Sampler:
+        tokens = self.recipe.strides.tokens(self.size, 1)
+        shape = Shape(self.sampling.frames, self.size.height, self.size.width, self.grid[1], tokens)
+        return solver.Sampler(self.recipe.objective, self.sampling, shape, kind)
+
+    def _kind(self, kind: Kind) -> Kind:
+        fixed = self.recipe.model.conditioning in ("channels", "embed") and kind != "mask"
+        return fitting(kind, self.grid[1], self._causal) if fixed else kind
+
+    @property
+    def _causal(self) -> bool:
+        return self.recipe.autoencoder.law != "group"
+
+    def _placements(self, request: Request) -> tuple[mask_strategy.Placement, ...]:
+        conditioning = self.recipe.model.conditioning
+        masks = conditioning == "mask"
+        if (request.mask_strategy or self.sampling.loops > 1) and not masks:
+            raise RequestError(f"{self.recipe.name} takes no mask strategy and no loops: its network is told by kind")
+        if masks and request.references and not request.mask_strategy:
+            raise RequestError(
+                f"{self.recipe.name} needs a mask strategy to place references: `0` starts from the first"
+            )
+        if conditioning == "none" and request.references:
+            raise RequestError(f"{self.recipe.name} makes whole clips only: it takes no references")
+        return mask_strategy.parse(request.mask_strategy)
+
+    def _reference(self, path: Path) -> Tensor:
+        return encode_reference(path, self.size, self.recipe.strides, self.networks.autoencoder)
+
+    def _continue(self, own: list[list[Tensor]], film: Tensor, loop: int) -> mask_strategy.Placement:
+        """Let a loop start with the last latents of the film so far, encoded again, as the original does (1.1, 1.2)."""
+        tail = encode_video(film[:, :, -self.sampling.frames :], self.networks.autoencoder)
+        for references, latent in zip(own, tail, strict=True):
+            references.append(latent)
+        return mask_strategy.continuation(len(own[0]) - 1, loop, self.sampling.loop_latents)
+
+    def _given(
+        self,
+        request: Request,
+        own: list[list[Tensor]],
+        placements: Sequence[mask_strategy.Placement],
+        loop: int,
+    ) -> Given | None:
+        if self.recipe.model.conditioning in ("none", "mask"):
+            return given_by_strategy(self.grid, own, placements, loop, self.sampling.align)
+        kind = self._kind(request.condition or self.sampling.condition)
+        if kind == "t2v":
+            if request.references:
+                raise RequestError(
+                    f"references are given, but the kind is t2v: say which, such as i2v_head ({request})"
+                )
+            return None
+        return given_by_kind(own[0], kind, self.grid[1:], self._causal)
+
+    def _inputs(self, prompt: str, count: int) -> tuple[Inputs, Inputs]:
+        """What the network is told of `count` clips with the prompt, and without it."""
+        scored = with_scores(prompt, self.sampling.score, self.sampling.fps)
+        own = self.networks.transformer.null_context
+        text = self._text(scored)
+        negative = self._text(self.sampling.negative_prompt) if self.sampling.negative_prompt or own is None else None
+        inputs = Inputs(
+            text=text.expand(count),
+            height=self.size.height,
+            width=self.size.width,
+            frames=self.sampling.frames,
+            fps=torch.full((count,), float(self.sampling.fps), device=self.device),
+        )
+        return inputs, replace(inputs, text=guidance.null_text(text, own, negative).expand(count))
+
+    def _text(self, prompt: str) -> Text:
+        return self.networks.text.encode([prompt]).to(self.device, torch.float32)
+
+
+def sample_size(recipe: Recipe) -> Size:
+    """The size of the sampling section's resolution that is nearest to its aspect; RequestError for an unknown one.
+
+    Small resolutions have few sizes: 96px has 64x128 for 16:9.
+    """
+    aspect, sizes = recipe.sampling.aspect, sizes_of(recipe.sampling.resolution, recipe.strides.pixels)
+    if aspect in sizes:
+        return sizes[aspect]
+    if aspect not in ASPECT_RATIOS:
+        raise RequestError(f"sampling.aspect {aspect!r} is unknown; known: {', '.join((*ASPECT_RATIOS, *sizes))}")
+    shape = Size(height=1000, width=round(1000 * ASPECT_RATIOS[aspect]))
+    return nearest_size(recipe.sampling.resolution, recipe.strides.pixels, shape)
