@@ -87,6 +87,8 @@ class OpenSoraV12Network(nn.Module):
 class OpenSoraV12Autoencoder(VideoAutoencoder):
     """OpenSora-VAE 1.2; `net` has the released names, and `latent` is `RELEASED` unless it is given.
 
+    393.3M parameters by the released code, 83.7M of them in the 2-D part; docs/report_03.md (1.2) says 384M.
+
     `latent` alone normalises in the house's `encode` and `decode`, which work on raw z and never touch the buffers.
     Setting `latent` writes the buffers (shift = mean, scale = std / latent.scale), so that exported weights say the
     same to the original code, and `net.encode` to a reader; loading weights changes the buffers only.
