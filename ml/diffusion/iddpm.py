@@ -7,6 +7,7 @@ and, in the other C, where the log variance of a step lies between the posterior
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -56,8 +57,9 @@ class Schedule:
         """
         if count > len(self.betas):
             raise ValueError(f"{count} sampling steps of a process of {len(self.betas)}: use that many at most")
-        stride = (len(self.betas) - 1) / (count - 1) if count > 1 else 1.0
-        steps = torch.tensor([round(stride * index) for index in range(count)])
+        # Summed as the released code sums it, so that halves round to the same step.
+        places = accumulate([(len(self.betas) - 1) / max(1, count - 1)] * (count - 1), initial=0.0)
+        steps = torch.tensor([round(place) for place in places])
         kept = self.kept[steps]
         before = torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])
         return Schedule(1 - kept / before, self.steps[steps], self.learned)
