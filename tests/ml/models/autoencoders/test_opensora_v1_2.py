@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ml.architectures import Latent, OpenSoraV12Net
 from ml.models.autoencoders.opensora_v1_2 import RELEASED, OpenSoraV12Autoencoder
-from ml.models.autoencoders.opensora_v1_2_layers import TemporalAutoencoder
 
 TINY = OpenSoraV12Net(
     block_out_channels=(8, 16, 16, 16),
@@ -145,51 +144,6 @@ def test_a_length_that_the_latent_does_not_have_is_refused(random: OpenSoraV12Au
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_frames_see_the_past_only() -> None:
-    """Group norms are over all frames of a micro frame, so causality is that of the convolutions: without norms."""
-    net = _without_norms()
-    y = torch.randn(1, 4, 17, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for changed in range(1, 17):
-        other = y.clone()
-        other[:, :, changed:] += 1
-        before, after = net.encode(y)[0], net.encode(other)[0]
-        first = -(-changed // 4)  # latent i ends at frame 4i, since three zeros come first
-        torch.testing.assert_close(before[:, :, :first], after[:, :, :first])
-        assert not torch.allclose(before[:, :, first], after[:, :, first])
-    z = before
-    for changed in range(1, 5):
-        other = z.clone()
-        other[:, :, changed:] += 1
-        before, after = net.decode(z, 17), net.decode(other, 17)
-        first = 4 * changed - 3
-        torch.testing.assert_close(before[:, :, :first], after[:, :, :first])
-        assert not torch.allclose(before[:, :, first], after[:, :, first])
-
-
-def _without_norms() -> TemporalAutoencoder:
-    torch.manual_seed(0)
-    net = TemporalAutoencoder(TINY).double()
-    for module in net.modules():
-        for name, child in module.named_children():
-            if isinstance(child, torch.nn.GroupNorm):
-                setattr(module, name, torch.nn.Identity())
-    return net
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("frames", "zeros"), [(1, 3), (2, 2), (7, 1), (8, 0)])
-def test_zeros_fill_a_clip_up_in_front_and_are_cut_off(frames: int, zeros: int) -> None:
-    torch.manual_seed(0)
-    net = TemporalAutoencoder(TINY)
-    y = torch.randn(1, 4, frames, 2, 3)
-    padded = torch.cat([torch.zeros(1, 4, zeros, 2, 3), y], dim=2)
-    mean, logvar = net.encode(y)
-    torch.testing.assert_close(mean, net.encode(padded)[0])
-    assert mean.shape == logvar.shape == (1, 4, (frames + zeros) // 4, 2, 3)
-    torch.testing.assert_close(net.decode(mean, frames), net.decode(mean, frames + zeros)[:, :, zeros:])
 
 
 @torch.no_grad()
