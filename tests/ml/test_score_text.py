@@ -12,7 +12,9 @@ def test_1_2_writes_numbers_with_one_decimal() -> None:
     assert with_scores("A cat.", score, 24) == wanted
     assert with_scores(wanted, score, 24) == wanted
     partly = "A cat. motion score: 1.0."
-    assert with_scores(partly, ScoreText(style="v1_2", aesthetic=6.54, motion=5), 24) == partly + " aesthetic score: 6.5."
+    assert (
+        with_scores(partly, ScoreText(style="v1_2", aesthetic=6.54, motion=5), 24) == partly + " aesthetic score: 6.5."
+    )
 
 
 def test_1_3_writes_words_for_numbers_and_takes_words_as_they_are() -> None:

@@ -1,4 +1,4 @@
-"""Guidance with merged rows equals guidance with two or three rows a step, at 80 and 110 evaluations in place of 150."""
+"""Guidance with merged rows equals guidance with all rows of a step, at 80 and 110 evaluations in place of 150."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.distributions import Normal as TorchNormal
 from torch.distributions import kl_divergence
 
+from ml import processes
 from ml.diffusion.iddpm import IDDPM, Normal, Schedule, log_likelihood
-from ml.processes import IDDPM as Section
 
-SECTION = Section()
+SECTION = processes.IDDPM()
 SCHEDULE = Schedule.of(SECTION)
 
 
@@ -76,7 +76,7 @@ def test_the_learned_variance_runs_from_the_posterior_to_beta() -> None:
     found = SCHEDULE.predicted(torch.cat([noise, share], 1), x, torch.tensor([300]))
     low, high = SCHEDULE.log_posterior[300].item(), math.log(SCHEDULE.betas[300].item())
     assert found.log_variance.flatten().tolist() == pytest.approx([low, (low + high) / 2, high])
-    fixed = Schedule.of(Section(learn_sigma=False)).predicted(noise, x, torch.tensor([300]))
+    fixed = Schedule.of(processes.IDDPM(learn_sigma=False)).predicted(noise, x, torch.tensor([300]))
     assert fixed.log_variance.flatten().tolist() == pytest.approx([high] * 3)
 
 

@@ -63,7 +63,9 @@ def test_references_stand_where_the_strategy_says() -> None:
 @pytest.mark.parametrize(("start", "found"), [(0, 0), (2, 0), (3, 5), (7, 5), (8, 10), (14, 10), (-1, 10)])
 def test_starts_are_rounded_to_what_is_decoded_together(start: int, found: int) -> None:
     """5 latents of 15: a start rounds to the nearest multiple that lies within."""
-    _, mask = mask_strategy.apply(torch.zeros(1, 15, 1, 1), [torch.ones(1, 5, 1, 1)], [Placement(0, 0, 0, start, 5)], 0, 5)
+    _, mask = mask_strategy.apply(
+        torch.zeros(1, 15, 1, 1), [torch.ones(1, 5, 1, 1)], [Placement(0, 0, 0, start, 5)], 0, 5
+    )
     assert (mask == 0).nonzero().flatten().tolist() == list(range(found, found + 5))
 
 
