@@ -7,13 +7,15 @@ they have; a registered version points to it, and the aliases `candidate` and `c
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from infra.tracking import connect, first_line
+from infra.tracking_store import artifact_uri
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 WEIGHTS_URI, SHA256 = "weights_uri", "sha256"
+IMPORTS = "opensora/weights"
 _GLOBAL_URI = threading.Lock()
 
 
@@ -32,6 +34,23 @@ class Checkpoint:
     params: Mapping[str, object] = field(default_factory=dict)
     tags: Mapping[str, object] = field(default_factory=dict)
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Weights that somebody else made: where ours lie and their digest; their file, address, digest and licence.
+
+    `source` is the file that was imported, `source_url` where it came from ("" = not said).
+    """
+
+    name: str
+    weights_uri: str
+    sha256: str
+    source: str
+    source_sha256: str
+    source_url: str = ""
+    licence: str = ""
+    params: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,15 @@ class Registry:
             what = f"{checkpoint.name} of run {checkpoint.run_id}"
             raise RegistryError(f"cannot register {what}: {first_line(error)}") from error
         return self.version(checkpoint.name, number)
+
+    def record(self, imported: Imported) -> str:
+        """An external LoggedModel for imported weights, and its id; recording the same again returns the first one."""
+        client = self._connected()
+        try:
+            with _addressed(self.uri):
+                return _record(client, imported)
+        except Exception as error:  # MLflow lets the errors of SQLAlchemy and requests through beside its own
+            raise RegistryError(f"cannot record {imported.name}: {first_line(error)}") from error
 
     def version(self, name: str, version: int) -> ModelVersion:
         """One version; raises RegistryError naming those that exist."""
@@ -162,6 +190,27 @@ def _register(client: Any, checkpoint: Checkpoint) -> int:
     client.log_outputs(checkpoint.run_id, [LoggedModelOutput(model.model_id, checkpoint.step)])
     made = mlflow.register_model(f"models:/{model.model_id}", checkpoint.name, tags=_tags(checkpoint))
     return int(made.version)
+
+
+def _record(client: Any, imported: Imported) -> str:
+    """The LoggedModel of imported weights, made unless the experiment has it; no run made them, so none is named."""
+    import mlflow
+
+    known = client.get_experiment_by_name(IMPORTS)
+    experiment = (
+        known.experiment_id
+        if known
+        else client.create_experiment(IMPORTS, artifact_location=artifact_uri(client.tracking_uri))
+    )
+    tags = {f.name: str(getattr(imported, f.name)) for f in fields(imported) if f.name not in ("name", "params")}
+    for model in client.search_logged_models([experiment], filter_string=f"tags.{SHA256} = '{imported.sha256}'"):
+        if model.name == imported.name and tags.items() <= model.tags.items():
+            return str(model.model_id)
+    params = {str(key): str(value) for key, value in imported.params.items()}
+    made = mlflow.create_external_model(
+        name=imported.name, tags=tags, params=params, model_type="imported", experiment_id=experiment
+    )
+    return str(made.model_id)
 
 
 def _tags(checkpoint: Checkpoint) -> dict[str, str]:

@@ -31,7 +31,7 @@ STDIT2 = Looks("1.1's STDiT-2", "stdit2", "v1_1")
 STDIT3 = Looks("1.2's STDiT-3", "stdit3", "v1_2")
 STDIT3_WINDOWS = Looks("1.3's windowed STDiT-3", "stdit3", "v1_3")
 MMDIT = Looks("2.0's MMDiT", "mmdit", "v2_0")
-MMDIT_DC_AE = Looks("2.0's MMDiT for DC-AE latents", "mmdit", "v2_0_high_compression")
+MMDIT_DC_AE = Looks("2.0's MMDiT for DC-AE latents", "mmdit", "v2_0_hc")
 FLUX = Looks("FLUX.1's transformer", "mmdit", "v2_0", source="flux")
 PIXART_ALPHA = Looks("PixArt-alpha", "pixart", "v1_0", source="pixart_alpha")
 PIXART_SIGMA = Looks("PixArt-Sigma", "pixart", "v1_2", source="pixart_sigma")
@@ -42,7 +42,7 @@ LDM = Looks("an autoencoder in Stable Diffusion's or FLUX.1's own layout (use di
 VAE_V12 = Looks("OpenSora-VAE 1.2", "opensora_v1_2", "v1_2", "autoencoder")
 VAE_V13 = Looks("OpenSora-VAE 1.3", "opensora_v1_3", "v1_3", "autoencoder")
 HUNYUAN = Looks("HunyuanVideo's autoencoder", "hunyuan", "v2_0", "autoencoder")
-DC_AE = Looks("Video DC-AE", "dc_ae", "v2_0_high_compression", "autoencoder")
+DC_AE = Looks("Video DC-AE", "dc_ae", "v2_0_hc", "autoencoder")
 
 # The first pattern that a name matches decides, so the more telling ones come first.
 MARKS: tuple[tuple[str, Looks], ...] = (

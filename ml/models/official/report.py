@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -111,14 +111,11 @@ def _announced(wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Header]:
 
 
 def _sizes(found: Mapping[str, Header]) -> str:
-    """How many blocks, and how wide: enough to tell a tiny network from a published one."""
-    blocks = {match.group(0) for match in _matches(found)}
-    widest = max((max(header.shape, default=0) for header in found.values()), default=0)
-    return f"{len(blocks)} blocks, widest dimension {widest}"
-
-
-def _matches(names: Iterable[str]) -> list[re.Match[str]]:
-    return [match for name in names if (match := BLOCK.search(name))]
+    """Depth and the dimension that occurs most: enough to tell a tiny network from a published one."""
+    depth = len({match[2] for name in found if (match := BLOCK.search(name))})
+    dimensions = Counter(size for header in found.values() for size in header.shape if size > 1)
+    width = max(dimensions, key=lambda size: (dimensions[size], size), default=0)
+    return f"{depth} deep, {width} wide"
 
 
 def _starred(how: str) -> str:
