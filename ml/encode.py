@@ -152,7 +152,7 @@ def encode_items(items: Iterable[Item], clips: ClipDataset, encoder: Encoder) ->
             with torch.inference_mode():
                 latents = autoencoder.encode(part).float().cpu()
             for index, item in enumerate(group):
-                yield f"{item.key}{suffix}", latents[index].clone()
+                yield f"{item.key}{suffix}", latents[index].contiguous().clone()
 
 
 def same_shape(items: Iterable[Item]) -> Iterator[list[Item]]:

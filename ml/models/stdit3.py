@@ -115,9 +115,10 @@ class STDiT3(nn.Module):
         1.3 hears of given frames by `inputs.condition` and `inputs.given` together, both 1.2 and 1.3 of frames that
         stay clean by `inputs.active`. The null text of given frames has the prompt's length, as the original's has.
         """
-        sizes = {"fps": IMAGE_FPS if inputs.frames == 1 else inputs.fps, "height": inputs.height, "width": inputs.width}
+        sizes = {"height": inputs.height, "width": inputs.width}
         y, mask = self._text(inputs.text.context, inputs.text.mask)
         named = {name: torch.full((x.shape[0],), float(value), device=x.device) for name, value in sizes.items()}
+        named["fps"] = torch.full_like(inputs.fps, IMAGE_FPS) if inputs.frames == 1 else inputs.fps
         call = {"x": x, "timestep": t, "y": y, "mask": mask, "x_mask": inputs.active, **named}
         if self.config.kernel_size is None or not inputs.given:
             return call

@@ -103,6 +103,7 @@ class OpenSoraV12Autoencoder(VideoAutoencoder):
         self.net = OpenSoraV12Network(self.config)
         self.temporal_stride, self.spatial_stride = self.net.temporal_vae.stride, frames2d.SPATIAL_STRIDE
         self.latent = latent or RELEASED
+        self._part: Part = "all"
         self.tile(False)
 
     @property
@@ -125,8 +126,11 @@ class OpenSoraV12Autoencoder(VideoAutoencoder):
     def forward(self, video: Tensor, generator: torch.Generator | None = None) -> Passed:
         """Training form: both posteriors are sampled; `inner` is (y, its reconstruction), to compare in y space.
 
-        The moments cover every micro frame (the original keeps those of the last one, and trains on one or two).
+        The moments cover every micro frame (the original keeps those of the last one, and trains on one or two). While
+        only the spatial part trains, the temporal one is left out.
         """
+        if self._part == "spatial":
+            return self.forward_spatial(video, generator)
         self.latent_shape(*video.shape[2:])
         inner = self.net.spatial_vae.sample(video, generator)
         mean, logvar = self.net.moments(inner)
@@ -171,6 +175,7 @@ class OpenSoraV12Autoencoder(VideoAutoencoder):
 
     def train_only(self, part: Part) -> None:
         """Choose what trains, by `requires_grad`: both parts, the temporal or the spatial one."""
+        self._part = part
         self.net.spatial_vae.requires_grad_(part in ("all", "spatial"))
         self.net.temporal_vae.requires_grad_(part in ("all", "temporal"))
 

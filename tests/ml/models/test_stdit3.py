@@ -340,7 +340,7 @@ def test_bad_input_is_refused_with_the_reason() -> None:
 def _inputs(**more: Any) -> Inputs:
     call = _call()
     text = Text(call["y"][:, 0], torch.zeros(2, 1), call["mask"])
-    return Inputs(**{"text": text, "height": 240, "width": 426, "frames": 9, "fps": 24.0, **more})
+    return Inputs(**{"text": text, "height": 240, "width": 426, "frames": 9, "fps": torch.full((2,), 24.0), **more})
 
 
 @torch.no_grad()
