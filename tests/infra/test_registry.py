@@ -1,10 +1,11 @@
 """The whole chain on a real store: weights outside, external model, version, alias, metric, search."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from infra.registry import CANDIDATE, CHAMPION, Checkpoint, ModelVersion, Registry, RegistryError
+from infra.registry import CANDIDATE, CHAMPION, Checkpoint, Imported, ModelVersion, Registry, RegistryError
 from infra.tracking import Tracker
 
 
@@ -116,3 +117,37 @@ def test_the_global_state_of_mlflow_is_put_back(registry: Registry, checkpoint: 
     registry.register(checkpoint)
     assert mlflow.get_tracking_uri() == before
     assert mlflow.active_run() is None
+
+
+def test_imported_weights_are_an_external_model_of_no_run(registry: Registry, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = (tmp_path / "it's here.safetensors").as_uri()
+    imported = Imported("v1_2-paper", uri, "ab" * 32, "it's.pth", "cd" * 32, "https://a.b/c?d=1", "MIT", {"kind": "x"})
+    client = MlflowClient(registry.uri, registry.uri)
+    model = client.get_logged_model(registry.record(imported))
+    assert (model.name, str(model.status), model.tags["mlflow.model.isExternal"]) == ("v1_2-paper", "READY", "true")
+    assert not model.source_run_id
+    assert model.params == {"kind": "x"}
+    known = {key: value for key, value in model.tags.items() if not key.startswith("mlflow.")}
+    assert known == {
+        "weights_uri": uri,
+        "sha256": "ab" * 32,
+        "source": "it's.pth",
+        "source_sha256": "cd" * 32,
+        "source_url": "https://a.b/c?d=1",
+        "licence": "MIT",
+    }
+
+
+def test_the_same_import_is_recorded_once(registry: Registry) -> None:
+    imported = Imported("v1_2-paper", "file:///w", "ab" * 32, "w.pth", "cd" * 32)
+    first = registry.record(imported)
+    assert registry.record(imported) == first
+    assert registry.record(replace(imported, licence="MIT")) != first
+    assert registry.record(replace(imported, name="v1_2-tiny")) != first
+
+
+def test_a_record_that_cannot_be_made_is_named(registry: Registry) -> None:
+    with pytest.raises(RegistryError, match="cannot record a/b"):
+        registry.record(Imported("a/b", "file:///w", "ab" * 32, "w.pth", "cd" * 32))
