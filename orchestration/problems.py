@@ -16,6 +16,8 @@ def problems() -> Iterator[None]:
     """Turn the errors that the house raises into a message and an exit code: 2 for a recipe or call, 1 for the rest."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError too, and already said
+        raise
     except RecipeError as error:
         stop(str(error), 2)
     except (DagsterError, LookupError, RuntimeError, ValueError, OSError) as error:
