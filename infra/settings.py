@@ -47,7 +47,7 @@ class Settings(BaseSettings):
 
     workspace: Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())] = Path("workspace")
     profile: str = "tiny"
-    recipes: str = "v2_0"
+    recipes: str = "v1_0,v1_1,v1_2,v1_3,v2_0,v2_0_hc"
     tracking_uri: str = Field(default_factory=lambda data: sqlite_uri(Workspace(data["workspace"]).tracking_db))
     launcher: Literal["local", "skypilot"] = "local"
     dvc_remote: str = Field(default_factory=lambda data: str(Workspace(data["workspace"]).dvc_remote))

@@ -4,14 +4,11 @@ Exit codes: 0 done, 1 the work failed or found something wrong, 2 the call or th
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from dagster import AssetKey, DagsterError
-from rich.markup import escape
+from dagster import AssetKey
 from rich.table import Table
 
 from assets.costs import plan_beside_bill, recipe_rows, totals
@@ -21,13 +18,16 @@ from infra.versioning import DataRepo
 from ml.plan import plan as plan_of
 from ml.recipe import Recipe, RecipeError, available, find, header, user_folders
 from orchestration import show
+from orchestration.problems import problems
 from orchestration.session import Session
+from orchestration.weights_cli import app as weights
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 corpus = typer.Typer(help="Footage: what the walk starts from.", no_args_is_help=True)
 dataset = typer.Typer(help="Frozen dataset versions: list them, bring one back.", no_args_is_help=True)
 app.add_typer(corpus, name="corpus")
 app.add_typer(dataset, name="dataset")
+app.add_typer(weights, name="weights")
 
 Name = Annotated[str, typer.Argument(help="Recipe name, as `opensora recipes` lists it.", metavar="RECIPE")]
 Profile = Annotated[str, typer.Option(help="Profile of the recipe: `tiny` fits a laptop, `paper` is as published.")]
@@ -127,6 +127,25 @@ def report(name: Name, profile: Profile = "tiny") -> None:
 
 
 @app.command()
+def sample(
+    name: Name,
+    prompt: Annotated[str, typer.Option(help='Text; may end in {"mask_strategy": "0"} (1.1, 1.2).')],
+    ref: Annotated[list[Path] | None, typer.Option(help="Picture or video to start from; repeat for several.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of `sampling`: condition=i2v_head, frames=33.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed; repeat for several clips.")] = None,
+    profile: Profile = "tiny",
+) -> None:
+    """Make clips of a prompt with the last checkpoint, from text, pictures or videos, and print their folder."""
+    from orchestration.generate import Ask, generate
+
+    with problems():
+        asked = Ask(prompt, ref or (), change or (), seed or (42,))
+        show.console.print(str(generate(Session.open(name, profile, Watch()), asked)), highlight=False)
+
+
+@app.command()
 def ui() -> None:
     """Start the Dagster UI with its daemon and the MLflow UI on loopback, print both addresses, stop on Ctrl-C."""
     from orchestration.servers import serve
@@ -195,17 +214,6 @@ def dataset_checkout(
         show.console.print(f"{revision} restored in {folder}", highlight=False)
 
 
-@contextmanager
-def problems() -> Iterator[None]:
-    """Turn the errors that the house raises into one readable message and an exit code."""
-    try:
-        yield
-    except RecipeError as error:
-        _stop(str(error), 2)
-    except (DagsterError, LookupError, RuntimeError, ValueError, OSError) as error:
-        _stop(f"{type(error).__name__}: {error}", 1)
-
-
 def _unmet(recipe: Recipe) -> list[str]:
     """What a recipe asks for that this installation does not have."""
     found = [
@@ -218,11 +226,6 @@ def _unmet(recipe: Recipe) -> list[str]:
     if weights and not (Settings().workspace / weights).is_file():
         found.append(f"autoencoder: {weights} is not in the workspace")
     return found
-
-
-def _stop(message: str, code: int) -> None:
-    show.console.print(f"[red]error[/red] {escape(message)}", highlight=False)
-    raise typer.Exit(code)
 
 
 def _sample(settings: Settings) -> None:
