@@ -1,11 +1,9 @@
 """What a recipe will cost, before anything is spent: tokens, FLOPs, GPU-hours and dollars of every transformer stage.
 
-Letters: h width, r MLP ratio, S tokens of one sample (visual and text), P sequence-parallel size.
-
-The plan counts the matrix products of the transformer's blocks, which are all but 0.2 % of its work, in the forward
-pass and twice that in the backward pass ("model FLOPs", what utilisation is measured on). Recomputing checkpointed
-blocks and encoding are extra work that a stage's `utilisation` has to absorb; the recomputed share is listed as
-executed FLOPs. It is the headline bill: one successful path, no failed run, no data, no autoencoder, no evaluation.
+The plan counts the products of the transformer's blocks (ml/counts.py) in the forward pass, and twice that in the
+backward pass ("model FLOPs", what utilisation is measured on). Recomputing checkpointed blocks and encoding are extra
+work that a stage's `utilisation` has to absorb; the recomputed share is listed as executed FLOPs. It is the headline
+bill: one successful path, no failed run, no data, no autoencoder, no evaluation.
 """
 
 import math
@@ -13,9 +11,25 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from infra.prices import price
-from ml import sections
+from ml import counts, sections
+from ml.counts import forward_flops, recomputed_fraction
 from ml.recipe import Recipe
 from ml.shapes import Size, nominal_area, sizes_of
+
+__all__ = [
+    "PEAK_TFLOPS",
+    "BucketPlan",
+    "Cell",
+    "Interval",
+    "Plan",
+    "PlanError",
+    "StagePlan",
+    "forward_flops",
+    "parameters",
+    "plan",
+    "recomputed_fraction",
+    "step_shares",
+]
 
 # Dense bf16 peak of one accelerator (vendor data sheets of H100 SXM, H800, H200), in TFLOP/s.
 PEAK_TFLOPS = {
@@ -34,20 +48,21 @@ Cell = tuple[str, int]
 
 ASSUMPTION = (
     "Mean over buckets: clip lengths are taken to be spread evenly over curation.clips (seconds, at sampling.fps), "
-    "every clip large enough for every resolution, and bucketed by the training rule (largest resolution first, kept "
-    "with the bucket's probability; once as video, once as image). The range is the cheapest and the dearest bucket."
+    "every clip large enough for every resolution, and bucketed by the training rule (largest resolution first, in it "
+    "the longest length, both with the bucket's probabilities; once as video, once as image). The range is the "
+    "cheapest and the dearest bucket."
 )
 
 SECONDS_PER_HOUR = 3600.0
 
 
 class PlanError(ValueError):
-    """A stage that cannot be planned: no peak speed is known for its accelerator."""
+    """A stage that cannot be planned: no peak speed is known for its accelerator, or no clip falls in its buckets."""
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """One (resolution, frames) cell: tokens and FLOPs of a sample, FLOPs of one step on one device."""
+    """One (resolution, frames) cell: tokens and FLOPs (of the blocks) of a sample, FLOPs of one step on one device."""
 
     resolution: str
     frames: int
@@ -170,6 +185,12 @@ class Plan:
         figures = [stage.published.usd for stage in self.stages if stage.published]
         return sum(figures) if len(figures) == len(self.stages) else None
 
+    @property
+    def published_gpu_days(self) -> float | None:
+        """GPU-days likewise."""
+        figures = [stage.published.gpu_days for stage in self.stages if stage.published]
+        return sum(figures) if len(figures) == len(self.stages) else None
+
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """Reasons to think again before spending, one sentence each."""
@@ -190,34 +211,8 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def parameters(recipe: Recipe) -> int:
-    """Parameters of the transformer, counted in closed form (11,891,390,528 at the published size)."""
-    model, text = recipe.model, recipe.text
-    h, hidden, cell = model.width, int(model.width * model.mlp_ratio), model.patch**2
-    channels = recipe.autoencoder.latent_channels * cell
-    norms = 2 * (h // model.heads)
-    stream = _linear(h, 6 * h) + 4 * _linear(h, h) + norms + _linear(h, hidden) + _linear(hidden, h)
-    single = 2 * _linear(h, h) + _linear(h, h + hidden) + _linear(h + hidden, h) + norms + _linear(h, 3 * h)
-    embedders = [256, text.pooled_dim] + ([256] if model.guidance_embed else [])
-    ends = sum(_linear(size, h) + _linear(h, h) for size in embedders)
-    ends += _linear(channels, h) + _linear(text.context_dim, h) + _linear(h, 2 * h) + _linear(h, channels)
-    ends += _linear(channels + cell, h) if model.condition_embed else 0
-    return model.double_blocks * 2 * stream + model.single_blocks * single + ends
-
-
-def forward_flops(model: sections.MMDiT, tokens: int) -> float:
-    """FLOPs of one forward pass over one sample: blocks x ((8 + 4r) h^2 S + 4 S^2 h); r = 4 gives 24 h^2 S.
-
-    A double block holds twice a single block's weights, and each token passes one of its two streams.
-    """
-    h, blocks = model.width, model.double_blocks + model.single_blocks
-    return blocks * ((8 + 4 * model.mlp_ratio) * h**2 * tokens + 4.0 * tokens**2 * h)
-
-
-def recomputed_fraction(model: sections.MMDiT, checkpoint_blocks: tuple[int, int]) -> float:
-    """Share of the forward pass that backward repeats: (8, 100) of 19 and 38 blocks is 46/57."""
-    double, single = checkpoint_blocks
-    done = min(double, model.double_blocks) + min(single, model.single_blocks)
-    return done / (model.double_blocks + model.single_blocks)
+    """Learned parameters of the transformer, counted in closed form (11,891,390,528 at the published size of 2.0)."""
+    return counts.parameters(recipe.network)
 
 
 def step_shares(recipe: Recipe, stage: sections.Stage) -> dict[Cell, float]:
@@ -226,13 +221,9 @@ def step_shares(recipe: Recipe, stage: sections.Stage) -> dict[Cell, float]:
     for frames, chance in _lengths(recipe, stage).items():
         left = chance
         for resolution in sorted(stage.buckets, key=nominal_area, reverse=True):
-            fitting = [count for count in stage.buckets[resolution] if _is_longest(count, frames)]
-            if not fitting:
-                continue
-            cell = (resolution, max(fitting))
-            taken = left * stage.buckets[resolution][cell[1]].keep
-            examples[cell] = examples.get(cell, 0.0) + taken
-            left -= taken
+            for cell, share in _taken(stage, resolution, frames).items():
+                examples[cell] = examples.get(cell, 0.0) + left * share
+            left *= 1.0 - sum(_taken(stage, resolution, frames).values())
     steps = {cell: count / stage.buckets[cell[0]][cell[1]].batch for cell, count in examples.items() if count > 0}
     return {cell: count / sum(steps.values()) for cell, count in steps.items()}
 
@@ -249,9 +240,17 @@ def _lengths(recipe: Recipe, stage: sections.Stage) -> dict[int, float]:
     return chances
 
 
-def _is_longest(count: int, frames: int) -> bool:
-    """Whether a bucket of `count` frames may hold a clip of `frames`: images only images, videos anything shorter."""
-    return count == 1 if frames == 1 else 1 < count <= frames
+def _taken(stage: sections.Stage, resolution: str, frames: int) -> dict[Cell, float]:
+    """Share of the clips of `frames` frames that each length of a resolution takes; images are of their own length 1.
+
+    A clip takes its longest length with `keep_length`, else the next shorter; then it stays here with `keep`.
+    """
+    cells, shares, left = stage.buckets[resolution], {}, 1.0
+    for count in sorted((n for n in cells if (n == 1 if frames == 1 else 1 < n <= frames)), reverse=True):
+        accepted = left * (1.0 if count == 1 else cells[count].keep_length)
+        shares[resolution, count] = accepted * cells[count].keep
+        left -= accepted
+    return shares
 
 
 def _stage(recipe: Recipe, stage: sections.Stage) -> StagePlan:
@@ -277,25 +276,27 @@ def _stage(recipe: Recipe, stage: sections.Stage) -> StagePlan:
 def _buckets(recipe: Recipe, stage: sections.Stage) -> list[BucketPlan]:
     shares = step_shares(recipe, stage)
     if not shares:
-        raise PlanError(f"{stage.name}: no clip of curation.clips falls in any bucket; add a bucket of fewer frames")
+        raise PlanError(
+            f"{stage.name}: no clip of curation.clips falls in any bucket that keeps clips; add a bucket of fewer "
+            "frames, or a keep above 0"
+        )
     return [_bucket(recipe, stage, cell, share) for cell, share in shares.items()]
 
 
 def _bucket(recipe: Recipe, stage: sections.Stage, cell: Cell, share: float) -> BucketPlan:
     resolution, frames = cell
-    bucket = stage.buckets[resolution][frames]
-    visual = recipe.strides.tokens(_nominal(recipe, resolution), frames)
-    tokens = visual + recipe.text.max_tokens
-    forward = forward_flops(recipe.model, tokens)
+    bucket, size, text = stage.buckets[resolution][frames], _nominal(recipe, resolution), recipe.text.max_tokens
+    visual = recipe.strides.tokens(size, frames)
+    forward = float(counts.block_flops(recipe.network, recipe.strides.grid(size, frames), text))
     samples = bucket.batch * stage.engine.accumulate / stage.engine.sequence_parallel
-    recomputed = forward * recomputed_fraction(recipe.model, stage.engine.checkpoint_blocks)
+    recomputed = forward * recomputed_fraction(recipe.network, stage.engine.checkpoint_blocks)
     return BucketPlan(
         resolution=resolution,
         frames=frames,
         batch=bucket.batch,
         share=share,
         visual_tokens=visual,
-        tokens=tokens,
+        tokens=visual + text,
         forward_flops=forward,
         train_flops=TRAIN_FACTOR * forward,
         flops_per_device_step=samples * TRAIN_FACTOR * forward,
@@ -306,7 +307,3 @@ def _bucket(recipe: Recipe, stage: sections.Stage, cell: Cell, share: float) -> 
 def _nominal(recipe: Recipe, resolution: str) -> Size:
     """The largest shape of a resolution (the square one for `<N>px`); the others lose a few tokens to rounding."""
     return max(sizes_of(resolution, recipe.strides.pixels).values(), key=lambda size: size.area)
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
