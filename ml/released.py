@@ -1,27 +1,32 @@
-"""Import of released autoencoder weights: a file the user placed in the workspace becomes a step like any other."""
+"""Released autoencoder weights as a step: what the user placed in the workspace is checked and converted.
 
-from infra.storage import sha256_of
+`opensora weights import --part autoencoder --dry-run` says beforehand whether a file fits.
+"""
+
+import math
+
 from ml.entry import Call, CallError
 
 
 def import_autoencoder(call: Call) -> None:
-    """Check the file that `autoencoder.weights_uri` names against the recipe's network and export it as our weights.
+    """Check what `autoencoder.weights_uri` names against the recipe's network and write it as our weights.
 
-    The path is relative to the workspace. Raises CallError when it is not there, CheckpointMismatch when a name or a
-    shape differs.
+    It may be a file, an index of shards or a folder; the path is relative to the workspace. Raises CallError when it
+    is not there, OfficialError when a name or a shape differs.
     """
-    from ml.models.autoencoders.registry import load_released, save_autoencoder
-    from ml.models.weights import Origin
+    from ml.weights import RECORD, Wish, check_weights, place
 
-    section = call.recipe.autoencoder
-    path = call.workspace / str(section.weights_uri)
-    if not path.is_file():
+    uri = str(call.recipe.autoencoder.weights_uri)
+    path = call.workspace / uri
+    if not path.exists():
         raise CallError(
-            f"autoencoder.weights_uri names {section.weights_uri}, which is not in {call.workspace}: place "
+            f"autoencoder.weights_uri names {uri}, which is not in {call.workspace}: place "
             "the released file there, or give the recipe autoencoder.stages to train its own"
         )
-    autoencoder = load_released(section, path)
-    save_autoencoder(call.out, autoencoder, section.net, Origin(call.recipe.id, "released"))
-    parameters = sum(tensor.numel() for tensor in autoencoder.net.state_dict().values())
-    facts = {"source": str(section.weights_uri), "source_sha256": sha256_of(path)}
-    call.finish({"num_parameters": parameters}, facts=facts, data=["weights.safetensors", "model.json"])
+    wish = Wish(path, call.recipe, "autoencoder")
+    checked = check_weights(wish)
+    digest = checked.official.sha256()
+    place(call.out, wish, checked, digest)
+    parameters = sum(math.prod(made.header.shape) for made in checked.arrived.values())
+    facts = {"source": uri, "source_sha256": digest, "names": checked.report.counts()}
+    call.finish({"num_parameters": parameters}, facts=facts, data=["weights.safetensors", "model.json", RECORD])

@@ -8,11 +8,9 @@ where they came from, under which licence, and what became of every name.
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +72,9 @@ def import_weights(wish: Wish, checked: Checked, workspace: Workspace, registry:
         raise refusal(wish, checked)
     source = checked.official.sha256()
     folder = workspace.root / "weights" / f"{wish.recipe.id}-{wish.part}-{source[:8]}"
-    card, record = _card(wish, checked), _record(wish, checked, source)
-    reused = _placed(folder, card, record)
+    reused = _finished(folder, wish, checked, source)
     if not reused:
-        place(folder, wish, checked)
-        atomic_write(folder / RECORD, json.dumps(record, indent=2, sort_keys=True))
-        atomic_write(folder / CARD, _card_text(card))
+        place(folder, wish, checked, source)
     ours = sha256_of(folder / WEIGHTS)
     imported = Imported(
         name=f"opensora-{wish.recipe.id}-{wish.part}",
@@ -89,7 +84,12 @@ def import_weights(wish: Wish, checked: Checked, workspace: Workspace, registry:
         source_sha256=source,
         source_url=wish.url,
         licence=wish.licence,
-        params={"kind": card.kind, "recipe": wish.recipe.id, "part": wish.part, "layout": checked.report.source},
+        params={
+            "kind": read_card(folder).kind,
+            "recipe": wish.recipe.id,
+            "part": wish.part,
+            "layout": checked.report.source,
+        },
     )
     return Placed(folder, ours, registry.record(imported), reused)
 
@@ -134,14 +134,22 @@ def refusal(wish: Wish, checked: Checked) -> OfficialError:
     return OfficialError("\n".join([first, *lines, *more]))
 
 
-def place(folder: Path, wish: Wish, checked: Checked) -> None:
-    """Write the converted weights of a checked import, tensor by tensor; a card of an earlier one is taken away."""
-    (folder / CARD).unlink(missing_ok=True)
+def place(folder: Path, wish: Wish, checked: Checked, source_sha256: str) -> None:
+    """Write the converted weights of a checked import tensor by tensor, then `import.json`, then the card.
+
+    Raises OfficialError when something was refused, or when nothing says how an autoencoder's latents are normalised.
+    """
+    if not checked.report.fits:
+        raise refusal(wish, checked)
+    card = _card(wish, checked)
+    (folder / CARD).unlink(missing_ok=True)  # the card of an earlier import, until the new one is whole
     arrived = {name: made.header for name, made in checked.arrived.items()}
     usual = Counter(header.dtype for header in arrived.values()).most_common(1)[0][0]
     fresh = {name: tensor.to(usual) for name, tensor in _fresh(wish, checked.initialised).items()}
     wanted = arrived | {name: Header(tensor.dtype, tuple(tensor.shape)) for name, tensor in fresh.items()}
     write(folder / WEIGHTS, wanted, chain(checked.tensors(), fresh.items()))
+    atomic_write(folder / RECORD, _record_text(wish, checked, source_sha256))
+    atomic_write(folder / CARD, _card_text(card))
 
 
 # --- networks -----------------------------------------------------------------------------------------------------
@@ -209,10 +217,11 @@ def _latent(checked: Checked) -> Latent | None:
     return Latent(mean=mean, std=std)
 
 
-def _record(wish: Wish, checked: Checked, sha256: str) -> dict[str, Any]:
+def _record_text(wish: Wish, checked: Checked, sha256: str) -> str:
     files = [file.name for file in checked.official.files]
     known = {"recipe": wish.recipe.id, "part": wish.part, "licence": wish.licence, "url": wish.url, "sha256": sha256}
-    return {**known, "files": files, "dtypes": _dtypes(checked), **checked.report.to_dict()}
+    record = {**known, "files": files, "dtypes": _dtypes(checked), **checked.report.to_dict()}
+    return json.dumps(record, indent=2, sort_keys=True)
 
 
 def _dtypes(checked: Checked) -> dict[str, int]:
@@ -221,10 +230,10 @@ def _dtypes(checked: Checked) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _placed(folder: Path, card: Card, record: Mapping[str, Any]) -> bool:
+def _finished(folder: Path, wish: Wish, checked: Checked, sha256: str) -> bool:
     """Whether this very import is there already."""
-    files = {folder / CARD: _card_text(card), folder / RECORD: json.dumps(record, indent=2, sort_keys=True)}
-    same = (path.is_file() and path.read_text(encoding="utf-8") == text for path, text in files.items())
+    files = {CARD: _card_text(_card(wish, checked)), RECORD: _record_text(wish, checked, sha256)}
+    same = ((folder / n).is_file() and (folder / n).read_text(encoding="utf-8") == text for n, text in files.items())
     return (folder / WEIGHTS).is_file() and all(same)
 
 

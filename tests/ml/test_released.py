@@ -1,4 +1,4 @@
-"""Import of released autoencoder weights: the file that fits becomes a step, any other is refused by name."""
+"""Import of released autoencoder weights: what fits becomes a step, anything else is refused by name."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,18 @@ from safetensors.torch import save_file
 
 from infra.tracking import RunLog
 from ml.entry import Call, CallError
-from ml.models.autoencoders.hunyuan import build_autoencoder, load_autoencoder
-from ml.models.weights import CheckpointMismatch
+from ml.models.autoencoders.registry import build_autoencoder, load_autoencoder
+from ml.models.official.files import OfficialError
 from ml.recipe import Recipe
 from ml.released import import_autoencoder
+
+URI = "weights/released.safetensors"
 
 
 @pytest.fixture
 def call(tmp_path: Path, tiny_recipe: Recipe) -> Call:
     document = tiny_recipe.model_dump(mode="json")
-    document["autoencoder"].update(weights_uri="weights/released.safetensors", scale=0.5)
+    document["autoencoder"].update(weights_uri=URI, latent={"scale": 0.5})
     (tmp_path / "weights").mkdir()
     (tmp_path / "out").mkdir()
     recipe = Recipe.validate_document(document, "r")
@@ -27,15 +29,17 @@ def call(tmp_path: Path, tiny_recipe: Recipe) -> Call:
 
 def test_released_weights_become_a_step_with_their_digest(call: Call) -> None:
     torch.manual_seed(0)
-    source = build_autoencoder(call.recipe.autoencoder)
-    save_file(source.net.state_dict(), call.workspace / "weights" / "released.safetensors")
+    section = call.recipe.autoencoder
+    source = build_autoencoder(section.net, section.latent)
+    save_file(source.net.state_dict(), call.workspace / URI)
     import_autoencoder(call)
-    loaded = load_autoencoder(call.out, call.recipe.autoencoder, call.recipe.id)
+    loaded = load_autoencoder(call.out, section, call.recipe.id)
     video = torch.randn(1, 3, 5, 32, 32).clamp(-1, 1)
     with torch.inference_mode():
-        torch.testing.assert_close(loaded.encode(video), source.eval().encode(video))
-    facts = json.loads((call.out / "result.json").read_text(encoding="utf-8"))["facts"]
-    assert len(facts["source_sha256"]) == 64
+        torch.testing.assert_close(loaded.eval().encode(video), source.eval().encode(video))
+    result = json.loads((call.out / "result.json").read_text(encoding="utf-8"))
+    assert len(result["facts"]["source_sha256"]) == 64
+    assert result["metrics"]["num_parameters"] == sum(t.numel() for t in source.net.state_dict().values())
 
 
 def test_a_missing_file_says_where_to_put_it(call: Call) -> None:
@@ -44,6 +48,7 @@ def test_a_missing_file_says_where_to_put_it(call: Call) -> None:
 
 
 def test_weights_of_another_network_are_refused(call: Call) -> None:
-    save_file({"encoder.conv_in.conv.weight": torch.zeros(1)}, call.workspace / "weights" / "released.safetensors")
-    with pytest.raises(CheckpointMismatch, match="does not fit the autoencoder"):
+    save_file({"encoder.conv_in.conv.weight": torch.zeros(1)}, call.workspace / URI)
+    with pytest.raises(OfficialError, match="does not fit v2_0-tiny's autoencoder"):
         import_autoencoder(call)
+    assert not (call.out / "result.json").exists()

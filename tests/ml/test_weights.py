@@ -190,7 +190,7 @@ def test_11_billion_parameters_are_checked_in_seconds_and_little_memory(tmp_path
     answer, seconds, peak = alone(work)
     assert answer == [True, {"used": len(wanted)}]
     assert seconds < 20.0
-    assert peak < GIB
+    assert peak < 0.6 * GIB
 
 
 def test_flux_dev_is_checked_at_its_published_size(tmp_path: Path) -> None:
@@ -231,22 +231,25 @@ def test_large_weights_are_written_without_holding_them(tmp_path: Path) -> None:
     work = (
         f"recipe = Recipe.parse(Path({str(tmp_path / 'recipe.yaml')!r}).read_text())\n"
         f"wish = Wish(Path({str(path)!r}), recipe)\n"
-        f"place(Path({str(out)!r}), wish, check_weights(wish))\n"
+        f"place(Path({str(out)!r}), wish, check_weights(wish), '')\n"
     )
     *_, peak = alone(work + "answer = None\n")
     assert (out / "weights.safetensors").stat().st_size > 0.5 * GIB
-    assert peak < 0.6 * GIB
+    assert peak < 0.5 * GIB  # torch and the recipe alone take 0.3
 
 
 def alone(work: str) -> tuple[Any, float, int]:
-    """Run Python in a process of its own: its `answer`, the seconds it took, and the most memory it had in bytes."""
+    """Run Python in a process of its own: its `answer`, the seconds it took, and the most memory it had in bytes.
+
+    The kernel's high-water mark, since `getrusage` starts a child at the memory of its parent.
+    """
     script = (
-        "import json, resource, time\n"
+        "import json, re, time\n"
         "from pathlib import Path\n"
         "from ml.recipe import Recipe\n"
         "from ml.weights import Wish, check_weights, place\n"
         f"start = time.monotonic()\n{work}"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "peak = int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024\n"
         "print(json.dumps([answer, time.monotonic() - start, peak]))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

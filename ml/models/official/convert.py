@@ -150,7 +150,8 @@ def _judged(arrived: Mapping[str, Arrived], target: Target) -> list[Entry]:
             why = f"{made.header.dtype}: quantised weights cannot be imported, take the 16 or 32 bit ones"
             entries.append(Entry(name, "refused", why, made.sources))
         elif made.how or made.sources != (name,):
-            entries.append(Entry(name, "converted", f"{made.how}, from {', '.join(made.sources)}", made.sources))
+            origin = "" if made.sources == (name,) else f", from {', '.join(made.sources)}"
+            entries.append(Entry(name, "converted", made.how + origin, made.sources))
         else:
             entries.append(Entry(name, "used", "", made.sources))
     return entries
