@@ -16,13 +16,23 @@ from ml.recipe import Recipe
 ADAM = {"lr": 2e-3, "eps": 1e-8, "betas": (0.9, 0.99), "weight_decay": 0.0, "warmup_steps": 2}
 MINI: dict[str, Any] = {
     "text": {"kind": "minilm", "max_tokens": 4, "context_dim": 8, "pooled_dim": 8},
-    "autoencoder": {"channels": (4, 8, 8, 8), "norm_groups": 2, "latent_channels": 4},
-    "model": {"width": 32, "heads": 2, "double_blocks": 1, "single_blocks": 1, "rope_axes": (4, 6, 6)},
+    "autoencoder": {"net": {"block_out_channels": (4, 8, 8, 8), "norm_num_groups": 2, "latent_channels": 4}},
+    "model": {"hidden_size": 32, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": (4, 6, 6)},
     "sampling": {"resolution": "48x80", "aspect": "80:48", "frames": 5, "steps": 3, "fps": 12},
     "evaluation": {"num_prompts": 2, "seeds": (0, 1), "loss_timesteps": 2, "loss_clips": 3},
 }
 ONE_CORE = {"accelerators": "CPU:1", "nodes": 1, "price": "cpu-assume-2026"}
 STAGE = {"compute": ONE_CORE, "steps": 6, "checkpoint_every": 2, "optimizer": ADAM, "ema_decay": 0.9}
+
+# Of every other generation: frames of its clips, autoencoder net, model, all as small as they can be.
+SMALL_DIT = {"hidden_size": 48, "num_heads": 2, "depth": 1}
+SMALL_SD = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 1}
+SMALL: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "v1_0": (4, SMALL_SD, {**SMALL_DIT, "input_size": (4, 6, 10)}),
+    "v1_1": (4, SMALL_SD, SMALL_DIT),
+    "v1_2": (8, {**SMALL_SD, "filters": 8, "channel_multipliers": (1, 1, 1, 1)}, SMALL_DIT),
+    "v1_3": (5, {"ch": 8}, SMALL_DIT),
+}
 
 
 def overlay(document: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +76,32 @@ def mini(make_recipe: MakeRecipe) -> Recipe:
     return make_recipe()
 
 
+@pytest.fixture(scope="session")
+def make_generation() -> MakeRecipe:
+    """Factory `make_generation("v1_1", stage={...}, autoencoder_stage={...}, **sections)`: 1.0 to 1.3, in seconds."""
+
+    def make(
+        name: str, stage: dict[str, Any] | None = None, autoencoder_stage: dict[str, Any] | None = None, **over: Any
+    ) -> Recipe:
+        frames, net, model = SMALL[name]
+        small = {"text": {"max_tokens": 8}, "autoencoder": {"net": net}, "model": model}
+        sampled = {"resolution": "48x80", "aspect": "80:48", "frames": frames, "steps": 3, "fps": 12}
+        document = overlay(Recipe.load(name, "tiny").model_dump(mode="json"), {**small, "sampling": sampled})
+        document = overlay(document, over)
+        buckets = {"48x80": {1: {"keep": 1.0, "batch": 3}, frames: {"keep": 1.0, "batch": 2}}}
+        document["stages"] = [{**s, **STAGE, "buckets": buckets, **(stage or {})} for s in document["stages"]]
+        document["compute"] = dict.fromkeys(document["compute"], ONE_CORE)
+        short = {"compute": ONE_CORE, "steps": 4, "checkpoint_every": 2, "batch": 2, "resolution": "48x80"}
+        stages = document["autoencoder"]["stages"]
+        document["autoencoder"]["stages"] = [
+            {**s, **short, "frames": min(s["frames"], frames), "optimizer": ADAM, **(autoencoder_stage or {})}
+            for s in stages
+        ]
+        return Recipe.validate_document(document, name)
+
+    return make
+
+
 @dataclass(frozen=True)
 class Footage:
     """A workspace with a dataset folder in it."""
@@ -102,40 +138,59 @@ def footage(tmp_path_factory: pytest.TempPathFactory, make_video: Callable[..., 
     return Footage(root, root / "dataset")
 
 
+MakeLatents = Callable[[Recipe], Path]
+
+
 @pytest.fixture(scope="session")
-def latents(tmp_path_factory: pytest.TempPathFactory, mini: Recipe) -> Path:
-    """Latents of ten clips (three held out) at 48x80, as images and as 5 frames, drawn from a seed; with their text."""
+def make_latents(tmp_path_factory: pytest.TempPathFactory) -> MakeLatents:
+    """Factory `make_latents(recipe)`: ten clips (three held out) at 48x80, drawn from a seed, with their text.
+
+    They are there as images and at the recipe's sampling length, with the clips' ends where its network is told of
+    them. Prompts have one to all of the text's tokens.
+    """
     import torch
     from safetensors.torch import save_file
 
-    folder = tmp_path_factory.mktemp("latents")
-    generator = torch.Generator().manual_seed(0)
-    channels, text = mini.autoencoder.latent_channels, mini.text
-    rows, tensors, texts = [], {}, {}
-    for index in range(10):
-        clip_id = f"clip{index}"
-        for frames in (1, 5):
-            key = f"{clip_id}/48x80/{frames}"
-            tensors[key] = torch.randn(channels, (frames - 1) // 4 + 1, 6, 10, generator=generator)
-            if frames > 1:
-                tensors[f"{key}/tail"] = torch.randn(channels, 1, 6, 10, generator=generator)
-            rows.append({"key": key, "clip_id": clip_id, "frames": frames})
-    for name in ("null", *(f"clip{index}" for index in range(10))):
-        texts[f"{name}/context"] = torch.randn(text.max_tokens, text.context_dim, generator=generator)
-        texts[f"{name}/pooled"] = torch.randn(text.pooled_dim, generator=generator)
-    save_file(tensors, folder / "latents-00000.safetensors")
-    save_file(texts, folder / "text.safetensors")
-    frame = pd.DataFrame(rows).assign(
-        split=lambda rows: ["holdout" if i in ("clip2", "clip5", "clip9") else "train" for i in rows["clip_id"]],
-        tiers="base",
-        resolution="48x80",
-        height=48,
-        width=80,
-        shard="latents-00000.safetensors",
-        stages="stage1 stage2 stage3",
-    )
-    LATENTS.write(frame, folder)
-    return folder
+    def make(recipe: Recipe) -> Path:
+        folder = tmp_path_factory.mktemp("latents")
+        generator = torch.Generator().manual_seed(0)
+        channels, text, video = recipe.autoencoder.latent_channels, recipe.text, recipe.sampling.frames
+        ends = ("head", "tail") if recipe.model.conditioning in ("channels", "embed") else ()
+        rows, tensors, texts = [], {}, {}
+        for index in range(10):
+            clip_id = f"clip{index}"
+            for frames in (1, video):
+                key = f"{clip_id}/48x80/48x80/{frames}"
+                length = recipe.strides.latent_frames(frames)
+                tensors[key] = torch.randn(channels, length, 6, 10, generator=generator)
+                for end in ends if frames > 1 else ():
+                    tensors[f"{key}/{end}"] = torch.randn(channels, 1, 6, 10, generator=generator)
+                rows.append({"key": key, "clip_id": clip_id, "frames": frames, "fps": 12.0 - index / 10})
+        for index, name in enumerate(("null", *(f"clip{index}" for index in range(10)))):
+            texts[f"{name}/context"] = torch.randn(text.max_tokens, text.context_dim, generator=generator)
+            texts[f"{name}/pooled"] = torch.randn(text.pooled_dim, generator=generator)
+            texts[f"{name}/mask"] = torch.arange(text.max_tokens) <= index % text.max_tokens
+        save_file(tensors, folder / "latents-00000.safetensors")
+        save_file(texts, folder / "text.safetensors")
+        frame = pd.DataFrame(rows).assign(
+            split=lambda rows: ["holdout" if i in ("clip2", "clip5", "clip9") else "train" for i in rows["clip_id"]],
+            tiers="base",
+            resolution="48x80",
+            height=48,
+            width=80,
+            shard="latents-00000.safetensors",
+            stages=" ".join(stage.name for stage in recipe.stages),
+        )
+        LATENTS.write(frame, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def latents(make_latents: MakeLatents, mini: Recipe) -> Path:
+    """Latents of the small recipe, as images and as 5 frames."""
+    return make_latents(mini)
 
 
 @pytest.fixture

@@ -1,10 +1,14 @@
-"""Sizes against the published table of Open-Sora 2.0, and the arithmetic of latent frames."""
+"""Sizes against the published tables, and the arithmetic of latent frames of every generation."""
 
 import pytest
 
 from ml.shapes import Size, Strides, nearest_size, nominal_area, sizes_of
 
-HUNYUAN = Strides(temporal=4, spatial=8, patch=2)
+FRAME = Strides("frame", spatial=8, patch=2, pads=True)
+MICRO = Strides("micro", spatial=8, patch=2, pads=True)
+WINDOW = Strides("window", spatial=8, patch=2, pads=True)
+HUNYUAN = Strides("causal", spatial=8, patch=2)
+DC_AE = Strides("group", spatial=32, patch=1)
 
 
 @pytest.mark.parametrize(
@@ -33,15 +37,92 @@ def test_every_size_is_whole_tokens_and_no_larger_than_named(resolution: str) ->
         assert size.area <= nominal_area(resolution)
 
 
+@pytest.mark.parametrize("resolution", ["144p", "240p", "256", "360p", "480p", "512", "720p", "1024", "1080p", "2k"])
+def test_listed_sizes_lose_less_than_one_multiple_of_what_was_published(resolution: str) -> None:
+    from ml.aspects import table
+
+    listed, sizes = table(resolution), sizes_of(resolution, 8)
+    assert len(set(sizes.values())) == len(sizes)
+    for name, size in sizes.items():
+        height, width = listed[name]
+        assert size == Size(height - height % 8, width - width % 8)
+
+
 def test_tokens_of_the_published_long_clip() -> None:
     assert HUNYUAN.latent_frames(129) == 33
     assert HUNYUAN.tokens(Size(576, 1024), 129) == 33 * 2304 == 76032
     assert HUNYUAN.tokens(Size(256, 256), 1) == 256
 
 
-def test_a_causal_autoencoder_encodes_4k_plus_1_frames() -> None:
-    assert [n for n in range(1, 18) if HUNYUAN.encodes(n)] == [1, 5, 9, 13, 17]
-    assert not HUNYUAN.encodes(0)
+@pytest.mark.parametrize(
+    ("strides", "frames", "latents"),
+    [
+        (FRAME, 16, 16),
+        (FRAME, 360, 360),
+        # 1.2: 2 s and 4 s are 51 and 102 frames; 16 s are 408.
+        (MICRO, 51, 15),
+        (MICRO, 102, 30),
+        (MICRO, 408, 120),
+        (MICRO, 1, 1),
+        (MICRO, 8, 2),
+        (MICRO, 34, 10),
+        # 1.3: 49, 65, 81, 97 and 113 frames.
+        (WINDOW, 49, 15),
+        (WINDOW, 65, 20),
+        (WINDOW, 97, 30),
+        (WINDOW, 113, 35),
+        (WINDOW, 17, 5),
+        (WINDOW, 5, 2),
+        (WINDOW, 1, 1),
+        (HUNYUAN, 129, 33),
+        (HUNYUAN, 65, 17),
+        (HUNYUAN, 1, 1),
+        (DC_AE, 128, 32),
+        (DC_AE, 4, 1),
+        (DC_AE, 1, 1),
+    ],
+)
+def test_latent_frames_are_those_of_the_released_autoencoders(strides: Strides, frames: int, latents: int) -> None:
+    assert strides.encodes(frames)
+    assert strides.latent_frames(frames) == latents
+
+
+@pytest.mark.parametrize(
+    ("strides", "encoded"),
+    [
+        (FRAME, list(range(1, 36))),
+        (MICRO, list(range(1, 36))),
+        (WINDOW, [1, 5, 9, 13, 17, 33]),
+        (HUNYUAN, [1, 5, 9, 13, 17, 21, 25, 29, 33]),
+        (DC_AE, [1, 4, 8, 12, 16, 20, 24, 28, 32]),
+    ],
+)
+def test_what_each_autoencoder_encodes_exactly(strides: Strides, encoded: list[int]) -> None:
+    assert [n for n in range(36) if strides.encodes(n)] == encoded
+
+
+@pytest.mark.parametrize(
+    ("strides", "frames", "wanted"),
+    [
+        (HUNYUAN, 34, (33, 37)),
+        (HUNYUAN, 2, (1, 5)),
+        (WINDOW, 18, (17, 33)),
+        (WINDOW, 100, (97, 113)),
+        (DC_AE, 2, (1, 4)),
+    ],
+)
+def test_the_nearest_lengths_stand_on_both_sides(strides: Strides, frames: int, wanted: tuple[int, int]) -> None:
+    assert strides.nearest(frames) == wanted
+
+
+def test_tokens_that_do_not_divide_are_filled_up() -> None:
+    """480p at 16:9 is 480x848 when rounded to latent cells: 60 x 106 of them; 1.1 pads, 2.0 must divide."""
+    assert FRAME.pixels == 8
+    assert FRAME.grid(Size(480, 848), 16) == (16, 60, 106)
+    assert FRAME.tokens(Size(480, 848), 16) == 16 * 30 * 53
+    assert FRAME.tokens(Size(136, 264), 1) == 9 * 17
+    assert (HUNYUAN.pixels, DC_AE.pixels) == (16, 32)
+    assert DC_AE.tokens(Size(576, 1024), 128) == 32 * 18 * 32
 
 
 def test_an_explicit_size_is_itself_and_nothing_else() -> None:
@@ -53,10 +134,12 @@ def test_nearest_size_compares_ratios_not_pixels() -> None:
     assert nearest_size("256px", 16, Size(1080, 1920)) == Size(192, 336)
     assert nearest_size("256px", 16, Size(1920, 1080)) == Size(336, 192)
     assert nearest_size("256px", 16, Size(100, 100)) == Size(256, 256)
+    assert nearest_size("720p", 8, Size(1080, 1920)) == Size(720, 1280)
+    assert nearest_size("1024", 8, Size(500, 2000)) == Size(512, 2048)
 
 
 def test_what_is_no_resolution_is_refused() -> None:
-    with pytest.raises(ValueError, match="neither"):
-        nominal_area("720p")
+    with pytest.raises(ValueError, match=r"neither.*nor one of 144p, 256"):
+        nominal_area("721p")
     with pytest.raises(ValueError, match="smaller than one token"):
         sizes_of("8px", 16)
