@@ -4,7 +4,12 @@ The first six channels of every level carry red, green and blue and their negati
 activations before both output convolutions cancel, and the network begins as a linear map but for the group norms,
 which still divide by each clip's deviation: each latent cell holds the mean colour of its pixels. Everything else
 starts random, with its input's variance kept and its residual branches and posterior noise off, and is free to learn
-the detail. Widths below six channels start random. Groups of the norms should hold the six channels together.
+the detail. Kernels start with the present frame only, so that zeros before the first frame change nothing. Widths
+below six channels start random. Groups of the norms should hold the six channels together.
+
+Measured at the tiny size (8 channels, one block per level, one group) on the held-out last fifth of three clips, at
+48x80 pixels and 5 frames, before training and after 75 s of one core, one seed: HunyuanVideo 18.8 and 23.5 dB, against
+10.7 and 19.3 dB from PyTorch's own random weights; OpenSora-VAE 1.3 18.6 and 21.0 dB, against 11.3 and 18.0 dB.
 """
 
 from collections.abc import Iterable
@@ -37,11 +42,7 @@ UNMIRROR: Pairs = [pair for c in range(COLOURS) for pair in ((c, c, 1.0), (c, CO
 
 @torch.no_grad()
 def start_hunyuan(net: nn.Module, latent_channels: int) -> None:
-    """Weights to train the HunyuanVideo network `net` from; nothing is drawn when it is on the meta device.
-
-    Measured at the tiny size on held-out clips of 48x80 pixels and 5 frames (the sample corpus, one seed): 18.4 dB
-    after 70 s on two cores, against 16.2 dB after 60 s from random weights.
-    """
+    """Weights to train the HunyuanVideo network `net` from; nothing is drawn when it is on the meta device."""
     _randomise(net, ends=("conv2.conv", "to_out.0"))
     _quieten(net.get_submodule("quant_conv"), latent_channels)
     if _weight(net, "encoder.conv_in.conv").shape[0] < MIRRORED:
@@ -83,9 +84,11 @@ def start_opensora_v1_3(net: nn.Module, latent_channels: int) -> None:
 
 
 def _randomise(net: nn.Module, ends: tuple[str, ...]) -> None:
-    """Random convolutions that keep their input's variance; the `ends` of residual branches are zero."""
+    """Random convolutions of the present frame that keep their input's variance; the `ends` of branches are zero."""
     for _, convolution in _convolutions(net):
-        nn.init.kaiming_normal_(convolution.weight, nonlinearity="linear")
+        weight = convolution.weight
+        nn.init.zeros_(weight)
+        nn.init.kaiming_normal_(weight[:, :, -1] if weight.ndim == 5 else weight, nonlinearity="linear")
         nn.init.zeros_(convolution.bias)
     for name, module in net.named_modules():
         if name.endswith(ends):

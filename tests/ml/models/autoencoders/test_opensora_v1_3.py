@@ -283,20 +283,20 @@ def test_only_all_of_it_can_be_trained(autoencoder: OpenSoraV13Autoencoder) -> N
 
 
 def test_it_learns_to_reconstruct() -> None:
-    """Fifty steps on four pictures with detail inside a latent cell: 0.17 of the first loss was measured."""
+    """Thirty steps on four pictures with detail inside a latent cell: 0.31 of the first loss was measured."""
     autoencoder = _random()
     autoencoder.initialise()
     video = F.interpolate(torch.rand(4, 3, 1, 6, 8) * 2 - 1, size=(1, 24, 32), mode="trilinear")
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=5e-4)
     losses = []
-    for _ in range(50):
+    for _ in range(30):
         loss = (autoencoder(video).video - video).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert all(parameter.grad is not None for parameter in autoencoder.parameters())
-    assert losses[-1] < 0.4 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
