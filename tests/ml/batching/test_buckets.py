@@ -63,6 +63,51 @@ def test_keep_is_a_share_of_clips_and_a_draw_of_their_own() -> None:
     assert kept != {name for name in names if other.cells(clip(name=name), half)}
 
 
+def test_a_length_is_passed_over_for_a_shorter_one_of_the_same_resolution() -> None:
+    """1.2 and 1.3: 33 frames are taken by 0.4 of the clips long enough; 17 by 0.5 of the rest; 9 by what is left."""
+    table = {"96px": {t: Bucket(keep=1.0, keep_length=k, batch=1) for t, k in ((33, 0.4), (17, 0.5), (9, 1.0))}}
+    drawn = [RULE.cells(clip(name=f"clip{i}"), table)[0].frames for i in range(4000)]
+    shares = {frames: drawn.count(frames) / len(drawn) for frames in (33, 17, 9)}
+    # Binomials of 4000: +- 0.008 (one sigma).
+    assert shares == pytest.approx({33: 0.4, 17: 0.3, 9: 0.3}, abs=0.03)
+
+
+def test_a_length_and_its_resolution_are_drawn_apart() -> None:
+    """Kept by 0.5 x 0.5 at 33 frames; what its resolution drops goes to the lower one, not to a shorter length."""
+    top = {33: Bucket(keep=0.5, keep_length=0.5, batch=1), 17: Bucket(keep=1.0, batch=1)}
+    table = {"96px": top, "64px": {17: Bucket(keep=1.0, batch=1)}}
+    drawn = [RULE.cells(clip(name=f"clip{i}"), table)[0] for i in range(4000)]
+    found = [(cell.resolution, cell.frames) for cell in drawn]
+    shares = {cell: found.count(cell) / len(found) for cell in set(found)}
+    assert shares == pytest.approx({("96px", 33): 0.25, ("64px", 17): 0.25, ("96px", 17): 0.5}, abs=0.03)
+
+
+def test_a_length_with_keep_0_refuses_the_clip_at_that_resolution() -> None:
+    """Stages of 1.1 and 1.2 name the first length that they do not train with keep 0: longer clips go lower down."""
+    table = buckets({"96px": {9: 1.0, 17: 0.0}, "64px": {9: 1.0, 17: 1.0, 33: 1.0}})
+    names = [f"clip{i}" for i in range(200)]
+    long = {RULE.cells(clip(frames=17, name=name), table) for name in names}
+    assert {(cell.resolution, cell.frames) for (cell,) in long} == {("64px", 17)}
+    short = {RULE.cells(clip(frames=16, name=name), table) for name in names}
+    assert {(cell.resolution, cell.frames) for (cell,) in short} == {("96px", 9)}
+    # Passing a length over is another thing: the shorter one of the same resolution takes the clip.
+    passed = {"96px": {9: Bucket(keep=1.0, batch=1), 17: Bucket(keep=1.0, keep_length=0.0, batch=1)}}
+    assert {RULE.cells(clip(frames=17, name=name), passed)[0].frames for name in names} == {9}
+
+
+def test_rates_are_what_the_taken_frames_leave() -> None:
+    assert [RULE.rate(clip(fps=fps)) for fps in (12, 24, 30, 60)] == [12, 24, 15, 20]
+    assert RULE.length(clip(frames=40, fps=60)) == 14
+
+
+def test_listed_resolutions_are_tried_from_the_largest_area_down() -> None:
+    """1024 (1.05 M pixels) stands above 720p (0.92 M); the size is the table's, rounded to whole cells."""
+    table = buckets({"480p": {1: 1.0}, "1024": {1: 0.0}, "720p": {1: 1.0}})
+    (cell,) = Bucketing(8, 24, 1).cells(clip(1080, 1920), table)
+    assert cell == Cell("720p", 1, Size(720, 1280))
+    assert str(cell) == "720p/720x1280/1"
+
+
 def test_uniform_draws_are_uniform_and_depend_on_every_part() -> None:
     draws = [uniform(3, "clip", index) for index in range(4000)]
     assert all(0 <= draw < 1 for draw in draws)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from ml.batching.buckets import Bucketing
+from ml.batching.buckets import Bucketing, Cell
 from ml.batching.datasets import (
     AutoencoderClips,
     ClipDataset,
@@ -32,16 +32,34 @@ def test_latents_are_grouped_by_shape_and_split(latents: Path, mini: Recipe) -> 
     assert {key.split("/")[0] for key in held_out} == {"clip2", "clip5", "clip9"}
 
 
-def test_a_batch_of_latents_brings_its_captions_and_last_frames(latents: Path, mini: Recipe) -> None:
+def test_a_batch_of_latents_brings_its_captions_and_the_clips_ends(latents: Path, mini: Recipe) -> None:
     data = LatentDataset(latents)
-    video = data.load(["clip1/48x80/5", "clip0/48x80/5"])
+    video = data.load(["clip1/48x80/48x80/5", "clip0/48x80/48x80/5"])
     assert video.latents.shape == (2, mini.autoencoder.latent_channels, 2, 6, 10)
+    assert video.heads is not None
     assert video.tails is not None
-    assert video.tails.shape == (2, mini.autoencoder.latent_channels, 1, 6, 10)
+    assert video.heads.shape == video.tails.shape == (2, mini.autoencoder.latent_channels, 1, 6, 10)
+    assert not torch.equal(video.heads, video.tails)
     assert torch.equal(video.text.pooled[1], data.text(["clip0"]).pooled[0])
     assert video.text.context.shape == (2, mini.text.max_tokens, mini.text.context_dim)
-    assert data.load(["clip1/48x80/1"]).tails is None
-    assert data.null.context.shape == (mini.text.max_tokens, mini.text.context_dim)
+    assert video.text.mask.sum(1).tolist() == [3, 2]
+    still = data.load(["clip1/48x80/48x80/1"])
+    assert still.heads is still.tails is None
+    assert data.null.context.shape == (1, mini.text.max_tokens, mini.text.context_dim)
+    assert data.null.mask.sum() == 1
+
+
+def test_a_batch_says_what_it_was_in_pixels_frames_and_frames_a_second(latents: Path) -> None:
+    batch = LatentDataset(latents).load(["clip1/48x80/48x80/5", "clip7/48x80/48x80/5"])
+    assert batch.cell == Cell("48x80", 5, Size(48, 80))
+    assert batch.fps.tolist() == pytest.approx([11.9, 11.3])
+
+
+def test_a_network_that_is_told_of_no_pictures_finds_none(make_generation: Any, make_latents: Any) -> None:
+    batch = LatentDataset(make_latents(make_generation("v1_1"))).load(["clip1/48x80/48x80/4"])
+    assert batch.heads is batch.tails is None
+    assert batch.latents.shape == (1, 4, 4, 6, 10)
+    assert batch.text.pooled.shape == (1, 0)
 
 
 def test_latents_of_another_stage_or_an_unfinished_folder_are_refused(latents: Path, tmp_path: Path) -> None:
@@ -69,7 +87,7 @@ def test_splits_and_tiers_choose_clips(footage: Any) -> None:
 
 def test_autoencoder_batches_mix_images_in_by_their_share(footage: Any, mini: Recipe) -> None:
     stage = mini.autoencoder_stage("vae_stage1").model_copy(update={"image_fraction": 0.3})
-    clips = AutoencoderClips(ClipDataset(footage.dataset, footage.workspace, RULE), stage, seed=5)
+    clips = AutoencoderClips(ClipDataset(footage.dataset, footage.workspace, RULE), stage, 5, (5,))
     ((cell, ids),) = clips.groups().items()
     assert (cell.size, cell.frames, len(ids)) == (Size(48, 80), 5, 6)
     batches = [Batch(cell, tuple(ids[:2]), Position(0, index)) for index in range(200)]
@@ -81,9 +99,21 @@ def test_autoencoder_batches_mix_images_in_by_their_share(footage: Any, mini: Re
     assert -1 <= min(float(v.min()) for v in videos) < max(float(v.max()) for v in videos) <= 1
 
 
+def test_autoencoder_batches_are_of_any_length_where_the_stage_says_so(footage: Any, mini: Recipe) -> None:
+    stage = mini.autoencoder_stage("vae_stage1").model_copy(update={"image_fraction": 0.0, "random_frames": True})
+    clips = AutoencoderClips(ClipDataset(footage.dataset, footage.workspace, RULE), stage, 5, (2, 3, 4, 5))
+    ((cell, ids),) = clips.groups().items()
+    batches = [Batch(cell, tuple(ids[:1]), Position(0, index)) for index in range(200)]
+    lengths = [clips.load(batch).shape[2] for batch in batches]
+    assert set(lengths) == {2, 3, 4, 5}
+    # Binomial: a quarter +- 0.031 at 200 draws.
+    assert all(0.15 < lengths.count(frames) / 200 < 0.35 for frames in (2, 3, 4, 5))
+    assert [clips.load(batch).shape[2] for batch in batches[:20]] == lengths[:20]
+
+
 def test_an_autoencoder_stage_without_long_enough_clips_is_refused(footage: Any, mini: Recipe) -> None:
     stage = mini.autoencoder_stage("vae_stage1").model_copy(update={"frames": 33})
-    clips = AutoencoderClips(ClipDataset(footage.dataset, footage.workspace, RULE), stage, seed=0)
+    clips = AutoencoderClips(ClipDataset(footage.dataset, footage.workspace, RULE), stage, 0, (33,))
     with pytest.raises(DatasetError, match="no train clip has 33 frames"):
         clips.groups()
 

@@ -22,30 +22,45 @@ def minilm() -> MiniLM:
 
 
 def test_minilm_has_the_sizes_of_the_recipe(minilm: MiniLM) -> None:
-    context, pooled = minilm.encode(["a red boat crosses the bay", ""])
-    assert context.shape == (2, TINY.max_tokens, TINY.context_dim)
-    assert pooled.shape == (2, TINY.pooled_dim)
-    assert context.dtype == pooled.dtype == torch.float32
-    assert torch.allclose(pooled.norm(dim=-1), torch.ones(2), atol=1e-6)
+    text = minilm.encode(["a red boat crosses the bay", ""])
+    assert text.context.shape == (2, TINY.max_tokens, TINY.context_dim)
+    assert text.pooled.shape == (2, TINY.pooled_dim)
+    assert text.context.dtype == text.pooled.dtype == torch.float32
+    assert (text.mask.shape, text.mask.dtype) == ((2, TINY.max_tokens), torch.bool)
+    assert torch.allclose(text.pooled.norm(dim=-1), torch.ones(2), atol=1e-6)
+
+
+def test_minilm_gives_nothing_pooled_to_a_generation_without_it() -> None:
+    """1.x has no pooled vector: its context and mask are the same, its pooled vector is empty."""
+    plain = build_text_encoder(TINY.model_copy(update={"pooled_dim": 0}))
+    with_one, without = build_text_encoder(TINY).encode(["a red boat"]), plain.encode(["a red boat"])
+    assert without.pooled.shape == (1, 0)
+    assert torch.equal(with_one.context, without.context)
+    assert torch.equal(with_one.mask, without.mask)
 
 
 def test_minilm_context_is_zero_after_the_prompt(minilm: MiniLM) -> None:
     """Eight tokens: [CLS], six words, [SEP]; the empty prompt has two."""
-    context, _ = minilm.encode(["a red boat crosses the bay", ""])
-    assert (context.abs().sum(-1) > 0).sum(1).tolist() == [8, 2]
+    text = minilm.encode(["a red boat crosses the bay", ""])
+    assert (text.context.abs().sum(-1) > 0).sum(1).tolist() == [8, 2]
+    assert torch.equal(text.mask, text.context.abs().sum(-1) > 0)
 
 
 def test_minilm_knows_meaning_not_words(minilm: MiniLM) -> None:
-    _, pooled = minilm.encode(["a small boat on the sea", "a ship sails the ocean", "quarterly tax accounting rules"])
+    pooled = minilm.encode(
+        ["a small boat on the sea", "a ship sails the ocean", "quarterly tax accounting rules"]
+    ).pooled
     assert pooled[0] @ pooled[1] > 0.5 > 0.3 > pooled[0] @ pooled[2]
 
 
 def test_an_embedding_does_not_depend_on_its_batch_and_long_prompts_are_cut(minilm: MiniLM) -> None:
     alone = minilm.encode(["a red boat"])
     beside = minilm.encode(["a red boat", "word " * 200])
-    assert torch.allclose(alone[0][0], beside[0][0], atol=1e-5)
-    assert torch.allclose(alone[1][0], beside[1][0], atol=1e-5)
-    assert (beside[0][1].abs().sum(-1) > 0).all()
+    assert torch.allclose(alone.context[0], beside.context[0], atol=1e-5)
+    assert torch.allclose(alone.pooled[0], beside.pooled[0], atol=1e-5)
+    assert torch.equal(alone.mask[0], beside.mask[0])
+    assert (beside.context[1].abs().sum(-1) > 0).all()
+    assert beside.mask[1].all()
 
 
 def test_digest_follows_weights_and_settings(minilm: MiniLM) -> None:
@@ -64,8 +79,10 @@ def test_t5_clip_pads_and_takes_the_pooler(tmp_path: Path) -> None:
     text = Text(kind="t5_clip", max_tokens=16, context_dim=32, pooled_dim=24)
     t5, clip = _tiny_models(tmp_path)
     encoder = build_text_encoder(text, tmp_path)
-    context, pooled = encoder.encode(["a red boat", ""])
+    found = encoder.encode(["a red boat", ""])
+    context, pooled = found.context, found.pooled
     assert (context.shape, pooled.shape) == ((2, 16, 32), (2, 24))
+    assert found.mask.all(), "beside CLIP the transformer sees padding, as Flux does"
     ids = torch.zeros(2, 16, dtype=torch.long)
     ids[0, :3] = torch.tensor([WORDS.index(word) for word in ("a", "red", "boat")])
     with torch.no_grad():
@@ -73,6 +90,25 @@ def test_t5_clip_pads_and_takes_the_pooler(tmp_path: Path) -> None:
         wide = torch.zeros(2, 77, dtype=torch.long)
         wide[:, :16] = ids
         assert torch.allclose(pooled, clip(input_ids=wide).pooler_output, atol=1e-6)
+
+
+def test_t5_alone_attends_to_the_prompt_and_says_which_tokens_are_real(tmp_path: Path) -> None:
+    """Against transformers called by hand with the mask (1.0 to 1.3); nothing is pooled."""
+    t5, _ = _tiny_models(tmp_path)
+    found = build_text_encoder(Text(kind="t5", max_tokens=6, context_dim=32, pooled_dim=0), tmp_path).encode(
+        ["a red boat", "the bay"]
+    )
+    ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    for row, words in enumerate((("a", "red", "boat"), ("the", "bay"))):
+        ids[row, : len(words)] = torch.tensor([WORDS.index(word) for word in words])
+        mask[row, : len(words)] = 1
+    with torch.no_grad():
+        wanted = t5(input_ids=ids, attention_mask=mask).last_hidden_state
+        unmasked = t5(input_ids=ids).last_hidden_state
+    assert torch.allclose(found.context, wanted, atol=1e-6)
+    assert not torch.allclose(found.context, unmasked, atol=1e-3)
+    assert found.mask.sum(1).tolist() == [3, 2]
+    assert found.pooled.shape == (2, 0)
 
 
 def test_t5_clip_digest_follows_either_model(tmp_path: Path) -> None:
@@ -85,7 +121,7 @@ def test_t5_clip_digest_follows_either_model(tmp_path: Path) -> None:
 
 def test_missing_weights_say_what_is_missing(tmp_path: Path) -> None:
     text = Text(kind="t5_clip", max_tokens=16, context_dim=32, pooled_dim=24)
-    with pytest.raises(TextEncoderError, match="weights folder"):
+    with pytest.raises(TextEncoderError, match=f"t5_clip needs a folder that holds {T5_FOLDER}"):
         build_text_encoder(text)
     with pytest.raises(TextEncoderError, match=T5_FOLDER):
         build_text_encoder(text, tmp_path)

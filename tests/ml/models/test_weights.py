@@ -8,7 +8,8 @@ import torch
 
 from ml.models.weights import CARD, Card, CheckpointMismatch, Origin, check_card, load_state, read_card, save_weights
 
-TINY = Card("mmdit", {"width": 96, "axes": (4, 10, 10)}, Origin("v2_0-tiny", "stage1"), scale=0.5)
+LATENT = {"scale": 0.5, "mean": [], "std": []}
+TINY = Card("mmdit", {"width": 96, "axes": (4, 10, 10)}, Origin("v2_0-tiny", "stage1"), LATENT)
 
 
 def test_weights_are_float32_and_the_card_comes_back(tmp_path: Path) -> None:
@@ -19,7 +20,7 @@ def test_weights_are_float32_and_the_card_comes_back(tmp_path: Path) -> None:
     assert torch.equal(state["a"], tied)
     assert torch.equal(state["b"], state["c"])
     card = read_card(tmp_path)
-    assert (card.kind, card.origin, card.scale) == (TINY.kind, TINY.origin, TINY.scale)
+    assert (card.kind, card.origin, card.latent) == (TINY.kind, TINY.origin, LATENT)
     check_card(tmp_path, card, TINY)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -46,5 +47,5 @@ def test_everything_that_differs_is_named_on_both_sides(tmp_path: Path) -> None:
         assert part in message
 
 
-def test_stage_and_scale_may_differ(tmp_path: Path) -> None:
-    check_card(tmp_path, TINY, Card(TINY.kind, TINY.config, Origin("v2_0-tiny", "stage3"), scale=None))
+def test_stage_and_latents_may_differ(tmp_path: Path) -> None:
+    check_card(tmp_path, TINY, Card(TINY.kind, TINY.config, Origin("v2_0-tiny", "stage3"), latent=None))
