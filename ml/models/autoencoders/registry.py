@@ -66,21 +66,6 @@ def load_autoencoder(folder: Path, section: Autoencoder | None = None, recipe: s
     return autoencoder
 
 
-def load_released(section: Autoencoder, path: Path) -> VideoAutoencoder:
-    """The autoencoder with the weights of one safetensors file under the released names (`hunyuan_vae.safetensors`).
-
-    Raises CheckpointMismatch when names or shapes differ.
-    """
-    from safetensors.torch import load_file
-
-    autoencoder = build_autoencoder(section.net, section.latent)
-    try:
-        autoencoder.net.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise CheckpointMismatch(f"{path} does not fit the autoencoder of the recipe: {error}") from error
-    return autoencoder
-
-
 def _card(net: AutoencoderNet, origin: Origin, latent: Latent) -> Card:
     config: dict[str, Any] = net.model_dump(mode="json", exclude={"kind"})
     return Card(net.kind, config, origin, latent.model_dump(mode="json"))

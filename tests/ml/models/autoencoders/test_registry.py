@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ml.architectures import DCAENet, HunyuanNet, Latent, OpenSoraV12Net, OpenSoraV13Net, StableDiffusionNet
-from ml.models.autoencoders.registry import build_autoencoder, load_autoencoder, load_released, save_autoencoder
+from ml.models.autoencoders.registry import build_autoencoder, load_autoencoder, save_autoencoder
 from ml.models.weights import WEIGHTS, Card, CheckpointMismatch, Origin, read_card, save_weights
 from ml.recipe import Recipe
 from ml.sections import GEOMETRY, Autoencoder
@@ -116,17 +116,6 @@ def test_a_transformer_encodes_nothing(tmp_path: Path) -> None:
     save_weights(tmp_path, {"w": torch.zeros(1)}, Card("mmdit", {}, Origin("v2_0-tiny", "stage1")))
     with pytest.raises(CheckpointMismatch, match="'mmdit', which encodes nothing"):
         load_autoencoder(tmp_path)
-
-
-def test_released_weights_are_one_file_of_the_released_names(tmp_path: Path) -> None:
-    autoencoder = build_autoencoder(NETS["hunyuan"], LATENT)
-    save_file(autoencoder.net.state_dict(), tmp_path / "vae.safetensors")
-    loaded = load_released(section("hunyuan"), tmp_path / "vae.safetensors")
-    assert loaded.latent == LATENT
-    wanted = autoencoder.net.state_dict()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.net.state_dict().items())
-    with pytest.raises(CheckpointMismatch, match=r"vae\.safetensors does not fit the autoencoder"):
-        load_released(section("sd"), tmp_path / "vae.safetensors")
 
 
 @pytest.mark.parametrize("name", ["v1_0", "v1_1", "v1_2", "v1_3", "v2_0", "v2_0_hc"])
