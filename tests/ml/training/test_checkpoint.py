@@ -9,9 +9,9 @@ from torch import nn
 from ml.engines.plain import PlainEngine
 from ml.models.weights import CheckpointMismatch
 from ml.sections import Adam
-from ml.training.checkpoint import CheckpointError, CheckpointStore, Identity, Progress, verify
+from ml.training.checkpoint import CheckpointError, CheckpointStore, Identity, Parts, Progress, verify
 from ml.training.ema import EMA
-from ml.training.optim import adamw, warm_up
+from ml.training.optim import adamw, schedule
 
 ADAM = Adam(lr=0.1, eps=1e-8, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=0)
 WHO = Identity("v2_0-tiny", "stage1", "aaaa")
@@ -20,8 +20,31 @@ WHO = Identity("v2_0-tiny", "stage1", "aaaa")
 def engine(seed: int = 0) -> PlainEngine:
     torch.manual_seed(seed)
     made = PlainEngine(torch.device("cpu"), torch.float32, 1.0)
-    made.setup(nn.Linear(3, 2), adamw(ADAM), warm_up(ADAM))
+    made.setup(nn.Linear(3, 2), adamw(ADAM), schedule(ADAM, 100))
     return made
+
+
+class Counter:
+    """An objective that keeps a number between steps."""
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+
+    def save(self, folder: Path) -> None:
+        (folder / "count.json").write_text(json.dumps(self.count), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        self.count = json.loads((folder / "count.json").read_text(encoding="utf-8"))
+
+
+class Forgetful(Counter):
+    """An objective that keeps nothing."""
+
+    def save(self, folder: Path) -> None:
+        return
+
+    def load(self, folder: Path) -> None:
+        return
 
 
 def advance(made: PlainEngine, ema: EMA) -> None:
@@ -41,7 +64,7 @@ def saved(tmp_path: Path) -> tuple[CheckpointStore, PlainEngine, EMA]:
     ema = EMA(made.masters(), 0.5)
     for step in (1, 2, 3):
         advance(made, ema)
-        store.save(made, ema, progress(step))
+        store.save(Parts(made, ema, Counter(10 * step)), progress(step))
     return store, made, ema
 
 
@@ -55,7 +78,9 @@ def test_everything_comes_back(saved: tuple[CheckpointStore, PlainEngine, EMA]) 
     assert place is not None
     other = engine(seed=5)
     average = EMA(other.masters(), 0.5)
-    assert store.load(place, other, average) == progress(3)
+    counter = Counter()
+    assert store.load(place, Parts(other, average, counter)) == progress(3)
+    assert counter.count == 30
     advance(made, ema)
     advance(other, average)
     for name in made.masters():
@@ -74,6 +99,8 @@ def test_only_the_newest_are_kept_and_nothing_half_written_shows(
         "consumed.json",
         "ema.safetensors",
         "master.safetensors",
+        "objective",
+        "objective/count.json",
         "optimizer",
         "optimizer/state.pt",
         "scheduler.pt",
@@ -82,7 +109,11 @@ def test_only_the_newest_are_kept_and_nothing_half_written_shows(
 
 
 @pytest.mark.parametrize(
-    "file", ["master.safetensors", "ema.safetensors", "optimizer/state.pt", "consumed.json", "state.json"]
+    "file",
+    [
+        *("master.safetensors", "ema.safetensors", "optimizer/state.pt", "objective/count.json"),
+        *("consumed.json", "state.json"),
+    ],
 )
 def test_one_flipped_byte_sends_us_to_the_checkpoint_before(
     saved: tuple[CheckpointStore, PlainEngine, EMA], file: str, caplog: pytest.LogCaptureFixture
@@ -111,17 +142,17 @@ def test_a_checkpoint_cut_short_is_passed_over(saved: tuple[CheckpointStore, Pla
 
 
 def test_a_broken_branch_beyond_never_pushes_out_what_was_just_saved(tmp_path: Path) -> None:
-    store, made = CheckpointStore(tmp_path, WHO, keep=1), engine()
-    store.save(made, None, progress(100))
+    store, made = CheckpointStore(tmp_path, WHO, keep=1), Parts(engine(), None, Forgetful())
+    store.save(made, progress(100))
     broken = tmp_path / "step-00000117"
     broken.mkdir()
     (broken / "state.json").write_text("{", encoding="utf-8")
     assert store.newest() == tmp_path / "step-00000100"
-    store.save(made, None, progress(110))
+    store.save(made, progress(110))
     assert names(store) == ["step-00000110"]
     place = store.newest()
     assert place is not None
-    assert store.load(place, engine(3), None) == progress(110)
+    assert store.load(place, Parts(engine(3), None, Forgetful())) == progress(110)
 
 
 def test_another_recipes_checkpoints_are_refused_by_name(saved: tuple[CheckpointStore, PlainEngine, EMA]) -> None:
@@ -137,6 +168,25 @@ def test_an_empty_folder_is_a_fresh_start(tmp_path: Path) -> None:
 
 def test_a_run_without_average_keeps_none(tmp_path: Path) -> None:
     store, made = CheckpointStore(tmp_path, WHO, keep=1), engine()
-    place = store.save(made, None, progress(1))
+    place = store.save(Parts(made, None, Forgetful()), progress(1))
     assert "ema.safetensors" not in json.loads((place / "state.json").read_text(encoding="utf-8"))["files"]
-    assert store.load(place, engine(3), None).step == 1
+    assert store.load(place, Parts(engine(3), None, Forgetful())).step == 1
+
+
+def test_an_objective_that_keeps_nothing_leaves_an_empty_folder(tmp_path: Path) -> None:
+    place = CheckpointStore(tmp_path, WHO, keep=1).save(Parts(engine(), None, Forgetful()), progress(1))
+    assert list((place / "objective").iterdir()) == []
+    verify(place)
+
+
+def test_an_objective_that_fails_to_save_leaves_no_checkpoint(tmp_path: Path) -> None:
+    class Full(Counter):
+        def save(self, folder: Path) -> None:
+            super().save(folder)
+            raise OSError("no space left")
+
+    store = CheckpointStore(tmp_path, WHO, keep=1)
+    store.save(Parts(engine(), None, Counter()), progress(1))
+    with pytest.raises(OSError, match="no space left"):
+        store.save(Parts(engine(), None, Full()), progress(2))
+    assert store.newest() == tmp_path / "step-00000001"

@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ml.batching.datasets import LatentDataset
+from ml.diffusion.process import build_process
 from ml.recipe import Recipe
 from ml.training.held_out import Grid, chosen_clips, even_times, held_out_loss
 from ml.training.networks import new_transformer
@@ -11,8 +13,8 @@ from ml.training.networks import new_transformer
 CPU = torch.device("cpu")
 
 
-def grid(latents: LatentDataset, number: int = 3, seed: int = 1) -> Grid:
-    return Grid(chosen_clips(latents.groups("holdout"), number, seed), even_times(4), seed, 1e-5)
+def grid(latents: LatentDataset, objective: Any, number: int = 3, seed: int = 1) -> Grid:
+    return Grid(chosen_clips(latents.groups("holdout"), number, seed), even_times(4), seed, build_process(objective))
 
 
 def test_times_are_the_middles_of_equal_parts() -> None:
@@ -32,7 +34,7 @@ def test_clips_are_chosen_whole(latents: Path) -> None:
 def test_the_untrained_network_has_the_loss_of_the_velocity(latents: Path, mini: Recipe) -> None:
     """It says velocity 0 (zero last layer), and data and noise have variance 1 each."""
     data = LatentDataset(latents)
-    found = held_out_loss(new_transformer(mini).eval(), data, grid(data), CPU)
+    found = held_out_loss(new_transformer(mini).eval(), data, grid(data, mini.objective), CPU)
     assert found.mean == pytest.approx(2.0, rel=0.05)
     assert found.by_timestep == pytest.approx([2.0] * 4, rel=0.1)
     assert set(found.by_bucket) == {"48x80/48x80/1", "48x80/48x80/5"}
@@ -41,5 +43,20 @@ def test_the_untrained_network_has_the_loss_of_the_velocity(latents: Path, mini:
 
 def test_the_same_seed_measures_the_same(latents: Path, mini: Recipe) -> None:
     data, network = LatentDataset(latents), new_transformer(mini).eval()
-    assert held_out_loss(network, data, grid(data), CPU) == held_out_loss(network, data, grid(data), CPU)
-    assert held_out_loss(network, data, grid(data), CPU) != held_out_loss(network, data, grid(data, seed=2), CPU)
+    one, again, other = (grid(data, mini.objective, seed=seed) for seed in (1, 1, 2))
+    assert held_out_loss(network, data, one, CPU) == held_out_loss(network, data, again, CPU)
+    assert held_out_loss(network, data, one, CPU) != held_out_loss(network, data, other, CPU)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("v1_0", 1.0), ("v1_1", 1.0), ("v1_2", 2.0), ("v1_3", 2.0)])
+def test_a_silent_network_of_every_generation_has_the_loss_of_what_it_does_not_say(
+    make_generation: Any, make_latents: Any, name: str, wanted: float
+) -> None:
+    """Of noise, of variance 1 (1.0, 1.1); of a velocity, of variance 2 (1.2, 1.3, whose last layers start random)."""
+    recipe = make_generation(name)
+    data, network = LatentDataset(make_latents(recipe)), new_transformer(recipe).eval()
+    with torch.no_grad():
+        network.final_layer.linear.weight.zero_()
+    found = held_out_loss(network, data, grid(data, recipe.objective), CPU)
+    assert found.by_timestep == pytest.approx([wanted] * 4, rel=0.1)
+    assert found.mean == pytest.approx(wanted, rel=0.05)

@@ -17,8 +17,8 @@ from ml.sections import Adam
 from ml.shapes import Size
 from ml.training.checkpoint import Identity
 from ml.training.curves import read_log
-from ml.training.optim import adamw, warm_up
-from ml.training.step import Loss
+from ml.training.optim import adamw, schedule
+from ml.training.step import Loss, Objective
 from ml.training.trainer import Plan, Preempted, Trainer, TrainingDiverged
 
 ADAM = Adam(lr=0.01, eps=1e-8, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=3)
@@ -26,7 +26,7 @@ CELL = Cell("48x80", 5, Size(48, 80))
 IDS = [f"clip{i}" for i in range(7)]
 
 
-class Noisy:
+class Noisy(Objective[Tensor]):
     """Linear regression with noise from the step's generator and from torch's own; `before` is called every step."""
 
     def __init__(self, before: Any = None) -> None:
@@ -38,6 +38,28 @@ class Noisy:
             self.before(self.calls)
         noise = (torch.randn(data.shape, generator=generator) + torch.rand(data.shape)).to(data.dtype)
         return Loss((engine.model(data + noise) - data).float().square().mean(), len(data), 10 * len(data))
+
+
+class Remembering(Noisy):
+    """An objective with a state of its own, which changes every loss: the sum of all batches so far."""
+
+    def __init__(self, before: Any = None) -> None:
+        super().__init__(before)
+        self.seen, self.begun = torch.zeros(()), list[int]()
+
+    def begin(self, step: int) -> None:
+        self.begun.append(step)
+
+    def loss(self, engine: Any, data: Tensor, generator: torch.Generator) -> Loss:
+        loss = super().loss(engine, data, generator)
+        self.seen = self.seen + data.float().mean()
+        return replace(loss, value=loss.value * (1 + self.seen / 100), terms={"seen": float(self.seen)})
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.seen, folder / "seen.pt")
+
+    def load(self, folder: Path) -> None:
+        self.seen = torch.load(folder / "seen.pt", weights_only=True)
 
 
 def load(batch: Batch) -> Tensor:
@@ -61,7 +83,7 @@ def plan(out: Path, **over: Any) -> Plan:
 def run(what: Plan, objective: Any = None, dtype: torch.dtype = torch.float32) -> Trainer:
     torch.manual_seed(0)
     engine = PlainEngine(torch.device("cpu"), dtype, 1.0)
-    engine.setup(nn.Linear(3, 3), adamw(ADAM), warm_up(ADAM))
+    engine.setup(nn.Linear(3, 3), adamw(ADAM), schedule(ADAM, what.steps))
     sampler = BucketSampler({CELL: IDS}, {CELL: 2}, what.seed)
     with BatchStream(sampler, lambda batch: load(batch).to(dtype)) as stream:
         trainer = Trainer(engine, objective or Noisy(), stream, what, RunLog())
@@ -100,6 +122,49 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path, killed_at: int, dtype: tor
     logs = [read_log(tmp_path / name / "loss.csv") for name in ("straight", "killed")]
     for column in ("step", "loss", "lr", "grad_norm", "examples", "bucket"):
         assert logs[0][column].tolist() == logs[1][column].tolist()
+
+
+def test_what_an_objective_keeps_is_resumed_exactly_too(tmp_path: Path) -> None:
+    """Killed in step 7, after the checkpoint of step 6: its state is that of step 6, not what the killed run had."""
+
+    def die(call: int) -> None:
+        if call == 14:
+            raise KeyboardInterrupt
+
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+    straight, resumed = Remembering(), Remembering()
+    wanted = run(plan(tmp_path / "straight"), straight)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan(tmp_path / "killed"), Remembering(die))
+    found = run(plan(tmp_path / "killed"), resumed)
+    assert straight.begun == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert resumed.begun == [7, 8, 9]
+    assert torch.equal(resumed.seen, straight.seen)
+    assert all(torch.equal(found.weights()[name], weight) for name, weight in wanted.weights().items())
+    logs = [read_log(tmp_path / name / "loss.csv")["loss"].tolist() for name in ("straight", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_terms_of_a_loss_are_logged_beside_it(out: Path) -> None:
+    class Kept(RunLog):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[dict[str, float]] = []
+
+        def metrics(self, values: Any, step: int | None = None) -> None:
+            self.rows.append(dict(values))
+
+    log, objective = Kept(), Remembering()
+    torch.manual_seed(0)
+    engine = PlainEngine(torch.device("cpu"), torch.float32, 1.0)
+    engine.setup(nn.Linear(3, 3), adamw(ADAM), schedule(ADAM, 9))
+    with BatchStream(BucketSampler({CELL: IDS}, {CELL: 2}, 5), load) as stream:
+        Trainer(engine, objective, stream, plan(out), log).fit()
+    assert len(log.rows) == 9
+    assert all({"loss", "lr", "grad_norm", "loss_seen"} <= row.keys() for row in log.rows)
+    # The mean over the step's two micro-batches of a growing sum: the second is where the step ends.
+    assert log.rows[-1]["loss_seen"] < float(objective.seen)
 
 
 def test_a_finished_run_has_nothing_left_to_do(out: Path) -> None:
