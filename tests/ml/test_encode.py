@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ml.architectures import Latent
 from ml.batching.buckets import Bucketing
 from ml.batching.datasets import ClipDataset, LatentDataset, to_video
 from ml.encode import EncodeError, encode_latents, parts, plan_items, same_shape
 from ml.entry import Call
 from ml.manifest import LATENTS
-from ml.models.autoencoders.hunyuan import build_autoencoder, load_autoencoder, save_autoencoder
+from ml.models.autoencoders.registry import build_autoencoder, load_autoencoder, save_autoencoder
 from ml.models.weights import Origin
 from ml.recipe import Recipe
 from ml.shapes import Size
@@ -32,11 +33,14 @@ def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
 @pytest.fixture(scope="module")
 def autoencoder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained autoencoder with a scale of 2."""
-    folder = tmp_path_factory.mktemp("autoencoder")
-    torch.manual_seed(0)
-    network = build_autoencoder(recipe.autoencoder)
-    network.scale = 2.0
-    save_autoencoder(folder, network, Origin(recipe.id, "vae_stage1"))
+    return saved(recipe, tmp_path_factory.mktemp("autoencoder"), Latent(scale=2.0))
+
+
+def saved(recipe: Recipe, folder: Path, latent: Latent, seed: int = 0) -> Path:
+    """A folder with the recipe's untrained autoencoder."""
+    torch.manual_seed(seed)
+    network = build_autoencoder(recipe.autoencoder.net, latent)
+    save_autoencoder(folder, network, recipe.autoencoder.net, Origin(recipe.id, "vae_stage1"))
     return folder
 
 
@@ -77,20 +81,23 @@ def test_latents_are_what_the_autoencoder_says_of_the_frames(call: Call, clips: 
     clip_id = clips.of("train")[0].footage.clip_id
     video = to_video([clips.read(clip_id, Size(48, 80), 5)])
     with torch.no_grad():
-        wanted, tail, still = (
-            network.encode(v) for v in (video, video[:, :, -1:], to_video([clips.still(clip_id, Size(48, 80))]))
+        wanted, head, tail, still = (
+            network.encode(v)
+            for v in (video, video[:, :, :1], video[:, :, -1:], to_video([clips.still(clip_id, Size(48, 80))]))
         )
-    batch = data.load([f"{clip_id}/48x80/5"])
+    batch = data.load([f"{clip_id}/48x80/48x80/5"])
     torch.testing.assert_close(batch.latents, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.heads, head, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(batch.tails, tail, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(data.load([f"{clip_id}/48x80/1"]).latents, still, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(data.load([f"{clip_id}/48x80/48x80/1"]).latents, still, rtol=1e-4, atol=1e-5)
     rows = LATENTS.read(call.out)
     assert (len(rows), set(rows["split"]), set(rows["frames"])) == (16, {"train", "holdout"}, {1, 5})
     assert sum(len(keys) for keys in data.groups("train", "stage2").values()) == 6
     result = json.loads((call.out / "result.json").read_text(encoding="utf-8"))
     assert (result["metrics"]["latents"], result["metrics"]["clips_without_bucket"]) == (16, 0)
     encoders = json.loads((call.out / "encoders.json").read_text(encoding="utf-8"))
-    assert encoders["autoencoder"]["scale"] == 2.0
+    assert encoders["autoencoder"]["latent"] == {"scale": 2.0, "mean": [], "std": []}
+    assert encoders["autoencoder"]["kind"] == "hunyuan"
     assert len(encoders["autoencoder"]["digest"]) == len(encoders["text"]["digest"]) == 16
 
 
@@ -100,8 +107,12 @@ def test_captions_are_embedded_beside_the_empty_prompt(call: Call, clips: ClipDa
     text = data.text(ids[:2])
     assert text.context.shape == (2, 12, 384)
     assert text.pooled.norm(dim=-1).tolist() == pytest.approx([1.0, 1.0], abs=1e-4)
-    assert float(text.pooled[0] @ text.pooled[1]) > float(text.pooled[0] @ data.null.pooled)
-    assert len(load_file(call.out / "text.safetensors")) == 2 * (8 + 1)
+    assert float(text.pooled[0] @ text.pooled[1]) > float(text.pooled[0] @ data.null.pooled[0])
+    # Context, pooled vector and mask of eight captions and of the empty prompt, which has two tokens of its own.
+    assert len(load_file(call.out / "text.safetensors")) == 3 * (8 + 1)
+    assert data.null.mask.sum(1).tolist() == [2]
+    assert (text.mask.sum(1) > 2).all()
+    assert torch.equal(text.mask, text.context.abs().sum(-1) > 0)
 
 
 def test_finished_shards_are_kept_and_others_made_again(
@@ -123,9 +134,8 @@ def test_finished_shards_are_kept_and_others_made_again(
 def test_another_autoencoder_makes_its_own_shards(call: Call, recipe: Recipe, tmp_path: Path) -> None:
     encode_latents(call)
     old = load_file(call.out / "latents-00000.safetensors")
-    torch.manual_seed(1)
-    save_autoencoder(tmp_path / "other", build_autoencoder(recipe.autoencoder), Origin(recipe.id, "vae_stage1"))
-    encode_latents(replace(call, inputs={**call.inputs, "autoencoder": (tmp_path / "other",)}))
+    other = saved(recipe, tmp_path / "other", Latent(), seed=1)
+    encode_latents(replace(call, inputs={**call.inputs, "autoencoder": (other,)}))
     new = load_file(call.out / "latents-00000.safetensors")
     assert old.keys() == new.keys()
     assert not torch.equal(*(tensors[sorted(old)[0]] for tensors in (old, new)))
@@ -140,3 +150,56 @@ def test_neighbours_of_one_shape_are_encoded_together(
     assert [item for group in groups for item in group] == items
     assert [(group[0].cell.frames, len(group)) for group in groups] == [(1, 8), (5, 3), (5, 3), (5, 2)]
     assert [list(part) for part in parts([1, 2, 3, 4, 5], 2)] == [[1, 2], [3, 4], [5]]
+
+
+def test_one_size_under_two_names_is_encoded_twice(make_recipe: Callable[..., Recipe], clips: ClipDataset) -> None:
+    """`48x80` and `64px` may be the same pixels; a stage that asks for the one must not find the other's."""
+    two = make_recipe(stage={"buckets": {name: {5: {"keep": 0.5, "batch": 1}} for name in ("48x80", "64px")}})
+    keys = [item.key for item in plan_items(two, clips)]
+    assert len(keys) == len(set(keys))
+    assert {key.split("/", 1)[1] for key in keys} == {"48x80/48x80/5", "64px/48x80/5"}
+
+
+@pytest.mark.parametrize(("name", "ends"), [("v1_1", False), ("v1_2", False), ("v1_3", True)])
+def test_every_generation_encodes_what_its_network_is_told(
+    make_generation: Callable[..., Recipe],
+    make_call: Callable[..., Call],
+    footage: Any,
+    tmp_path: Path,
+    name: str,
+    ends: bool,
+) -> None:
+    """Lengths by the autoencoder's law, ends where pictures are given apart, latents normalised channel by channel."""
+    small = make_generation(name)
+    channels = small.autoencoder.latent_channels
+    latent = Latent(mean=tuple(0.1 * i for i in range(channels)), std=(0.5,) * channels)
+    inputs = {"dataset": footage.dataset, "autoencoder": saved(small, tmp_path / "vae", latent)}
+    call = replace(make_call("latents", small, inputs=inputs), workspace=footage.workspace)
+    encode_latents(call)
+    data, rows = LatentDataset(call.out), LATENTS.read(call.out)
+    frames = small.sampling.frames
+    assert set(rows["frames"]) == {1, frames}
+    assert set(rows["fps"]) == {12.0}
+    key = next(key for key, length in zip(rows["key"], rows["frames"], strict=True) if length == frames)
+    batch = data.load([key])
+    assert batch.latents.shape == (1, channels, small.strides.latent_frames(frames), 6, 10)
+    assert (batch.heads is not None, batch.tails is not None) == (ends, ends)
+    network = load_autoencoder(tmp_path / "vae").eval()
+    source = ClipDataset(footage.dataset, footage.workspace, Bucketing(8, 12.0, small.seed))
+    video = to_video([source.read(key.split("/")[0], Size(48, 80), frames)])
+    with torch.no_grad():
+        raw = network.posterior(video)[0]
+        wanted = torch.stack([(raw[:, c] - 0.1 * c) / 0.5 for c in range(channels)], 1)
+    torch.testing.assert_close(batch.latents, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_clip_faster_than_the_recipe_is_written_at_the_rate_that_is_left(
+    make_recipe: Callable[..., Recipe], call: Call
+) -> None:
+    """Footage of 12 frames per second for a recipe of 5: every third frame, at 4 a second."""
+    sampling = {"resolution": "48x80", "aspect": "80:48", "frames": 1, "steps": 3, "fps": 5}
+    slow = make_recipe(text=MINILM, sampling=sampling, stage={"buckets": {"48x80": {1: {"keep": 1.0, "batch": 2}}}})
+    encode_latents(replace(call, given_recipe=slow))
+    assert set(LATENTS.read(call.out)["fps"]) == {4.0}
+    batch = LatentDataset(call.out).load([LATENTS.read(call.out)["key"][0]])
+    assert batch.fps.tolist() == [4.0]
