@@ -37,7 +37,8 @@ SMALL: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 def overlay(document: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` laid on a nested mapping."""
-    mixed = {k: overlay(document[k], v) if isinstance(v, dict) and k in document else v for k, v in over.items()}
+    found = {k: document.get(k) for k in over}
+    mixed = {k: overlay(found[k] or {}, v) if isinstance(v, dict) else v for k, v in over.items()}
     return {**document, **mixed}
 
 
