@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,21 +16,14 @@ import torch
 from ml.batching.video import read_clip
 from ml.entry import Call, CallError
 from ml.metrics import psnr
-from ml.models.autoencoders.hunyuan import build_autoencoder, save_autoencoder
+from ml.models.autoencoders.registry import build_autoencoder, save_autoencoder
 from ml.models.lpips import LpipsError
-from ml.models.mmdit import save_mmdit
+from ml.models.networks import save_network
 from ml.models.weights import Origin
 from ml.recipe import Recipe
-from ml.sample import (
-    Sampler,
-    make_samples,
-    mean_frames,
-    measure_losses,
-    measure_reconstruction,
-    read_prompts,
-    sample_size,
-)
+from ml.sample import make_samples, mean_frames, measure_losses, measure_reconstruction, requests_of
 from ml.sample import still as repeated
+from ml.sampling.requests import Request, RequestError
 from ml.shapes import Size
 from ml.training.networks import new_transformer
 
@@ -50,7 +44,7 @@ def save_transformer(recipe: Recipe, folder: Path, stage: str, seed: int) -> Pat
         for parameter in network.parameters():
             if not parameter.any():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    save_mmdit(folder, network, Origin(recipe.id, stage))
+    save_network(folder, network, Origin(recipe.id, stage))
     return folder
 
 
@@ -59,9 +53,8 @@ def networks(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """Folders of a transformer and of an autoencoder."""
     root = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
-    network = build_autoencoder(recipe.autoencoder)
-    network.scale = 1.0
-    save_autoencoder(root / "autoencoder", network, Origin(recipe.id, "vae_stage1"))
+    net = recipe.autoencoder.net
+    save_autoencoder(root / "autoencoder", build_autoencoder(net), net, Origin(recipe.id, "vae_stage1"))
     return {
         "checkpoint": save_transformer(recipe, root / "checkpoint", "stage3", seed=1),
         "autoencoder": root / "autoencoder",
@@ -91,14 +84,6 @@ def test_samples_are_videos_with_a_table_and_a_sheet(call: Call) -> None:
     assert result["metrics"]["evaluations"] == 6
 
 
-def test_a_seed_is_a_video_whatever_stands_beside_it(call: Call) -> None:
-    sampler = Sampler(call)
-    both, alone = sampler.videos("a red wave", [0, 1]), sampler.videos("a red wave", [1])
-    assert np.abs(both[1].astype(int) - alone[0].astype(int)).max() <= 1
-    assert not np.array_equal(both[0], both[1])
-    assert not np.array_equal(sampler.videos("a quiet sea", [1])[0], alone[0])
-
-
 def test_sampling_again_gives_the_same_bytes_and_keeps_what_is_there(call: Call) -> None:
     make_samples(call)
     version = json.loads((call.out / "result.json").read_text(encoding="utf-8"))["data_version"]
@@ -115,26 +100,29 @@ def test_sampling_again_gives_the_same_bytes_and_keeps_what_is_there(call: Call)
     assert json.loads((call.out / "result.json").read_text(encoding="utf-8"))["data_version"] == version
 
 
-@pytest.mark.parametrize("content", ["[]", '{"a": 1}', "[1, 2]"])
-def test_prompts_must_be_a_list_of_texts(call: Call, tmp_path: Path, content: str) -> None:
-    (tmp_path / "mine.json").write_text(content, encoding="utf-8")
-    with pytest.raises(CallError, match="must hold a JSON list of prompts"):
-        read_prompts(replace(call, options={"prompts": str(tmp_path / "mine.json")}))
-    assert read_prompts(call) == ["a red wave", "a quiet sea"]
+def test_prompts_come_from_a_folder_or_from_a_file_of_ones_own(call: Call, tmp_path: Path) -> None:
+    assert requests_of(call) == [Request("a red wave"), Request("a quiet sea")]
+    (tmp_path / "mine.json").write_text('["mine"]', encoding="utf-8")
+    own = replace(call, options={"prompts": str(tmp_path / "mine.json")})
+    assert requests_of(own) == [Request("mine")]
+    (tmp_path / "mine.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(RequestError, match="must hold a JSON list of prompts"):
+        make_samples(own)
 
 
-@pytest.mark.parametrize(
-    ("resolution", "aspect", "wanted"),
-    [("96px", "16:9", Size(64, 128)), ("768px", "16:9", Size(576, 1024)), ("256px", "1:1", Size(256, 256))],
-)
-def test_the_sample_size_is_the_resolutions_nearest(
-    tiny_recipe: Recipe, resolution: str, aspect: str, wanted: Size
-) -> None:
-    sampling = tiny_recipe.sampling.model_copy(update={"resolution": resolution, "aspect": aspect})
-    assert sample_size(tiny_recipe.model_copy(update={"sampling": sampling})) == wanted
-    unknown = sampling.model_copy(update={"aspect": "7:1"})
-    with pytest.raises(CallError, match="'7:1' is unknown"):
-        sample_size(tiny_recipe.model_copy(update={"sampling": unknown}))
+def test_a_request_with_a_picture_is_made_from_it(call: Call, tmp_path: Path) -> None:
+    """Its references lie beside the file of prompts; given something, the steps evaluate a third row."""
+    picture = np.zeros((48, 80, 3), np.uint8)
+    picture[:, 40:] = 255
+    cv2.imwrite(str(tmp_path / "half.png"), picture)
+    entry = {"prompt": "a red wave", "references": ["half.png"], "condition": "i2v_head"}
+    (tmp_path / "prompts.json").write_text(json.dumps([entry]), encoding="utf-8")
+    make_samples(call)
+    rows = pd.read_parquet(call.out / "samples.parquet")
+    assert rows["prompt"].tolist() == ["a red wave"] * 2
+    (tmp_path / "prompts.json").write_text(json.dumps([{**entry, "references": ["gone.png"]}]), encoding="utf-8")
+    with pytest.raises(RequestError, match=r"gone\.png does not exist"):
+        make_samples(call)
 
 
 def test_losses_stand_beside_those_of_the_untrained_network(
@@ -175,6 +163,21 @@ def test_reconstruction_stands_beside_its_baselines(
     given = replace(call, inputs={**call.inputs, "lpips": (footage.workspace / "lpips_alex",)})
     with pytest.raises(LpipsError, match="lpips_alex"):
         measure_reconstruction(given)
+
+
+@pytest.mark.parametrize("name", ["v1_1", "v1_3"])
+def test_losses_of_other_generations_are_those_of_their_process(
+    make_call: Callable[..., Call], make_generation: Any, make_latents: Any, tmp_path: Path, name: str
+) -> None:
+    recipe = make_generation(name)
+    folder = save_transformer(recipe, tmp_path / "one", "stage1", seed=1)
+    call = make_call("losses", recipe, inputs={"latents": make_latents(recipe), "checkpoint": folder}, stages="stage1")
+    measure_losses(call)
+    found = json.loads((call.out / "losses.json").read_text(encoding="utf-8"))
+    assert found["held_out"] != found["untrained"]
+    assert np.isfinite(found["held_out"])
+    if name == "v1_1":
+        assert found["untrained"] == pytest.approx(1.0, rel=0.1), "a silent network has the noise's variance"
 
 
 def test_the_mean_frame_is_the_mean_of_all_frames() -> None:

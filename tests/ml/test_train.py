@@ -190,7 +190,7 @@ def test_two_stage_autoencoders_train_one_half_at_a_time(
     make_call: Callable[..., Call], make_generation: Callable[..., Recipe], footage: Any
 ) -> None:
     """1.2: the 2-D half first, then the temporal one while the other stands still, then both."""
-    recipe = make_generation("v1_2")
+    recipe = make_generation("v1_2", autoencoder_stage={"steps": 2})
     moved, before = [], None
     for stage in recipe.autoencoder.stages:
         inputs = {"dataset": footage.dataset} | ({"init": before} if before else {})
