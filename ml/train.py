@@ -78,7 +78,7 @@ def train_autoencoder(call: Call) -> None:
     sizes = dict.fromkeys(groups, stage.batch)
     sampler = BucketSampler(groups, sizes, plan.seed, engine.data_rank, engine.data_size)
     lpips = load_lpips(lpips_weights(call)).to(engine.device) if stage.loss.perceptual else None
-    objective = Reconstruction(stage.loss, lpips)
+    objective = Reconstruction(stage.loss, lpips, plan.seed)
     with BatchStream(sampler, clips.load) as stream:
         trainer = Trainer(engine, objective, stream, plan, call.log)
         trainer.fit()
