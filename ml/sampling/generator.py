@@ -103,8 +103,9 @@ class Generator:
         return self.recipe.autoencoder.law != "group"
 
     def _placements(self, request: Request) -> tuple[mask_strategy.Placement, ...]:
-        conditioning = self.recipe.model.conditioning
-        masks = conditioning == "mask"
+        conditioning, masks = self.recipe.model.conditioning, self._by_strategy(request)
+        if conditioning in ("none", "mask") and request.condition not in (None, "t2v", "mask"):
+            raise RequestError(f"{self.recipe.name} knows no condition {request.condition!r}: leave it out ({request})")
         if (request.mask_strategy or self.sampling.loops > 1) and not masks:
             raise RequestError(f"{self.recipe.name} takes no mask strategy and no loops: its network is told by kind")
         if masks and request.references and not request.mask_strategy:
@@ -114,6 +115,11 @@ class Generator:
         if conditioning == "none" and request.references:
             raise RequestError(f"{self.recipe.name} makes whole clips only: it takes no references")
         return mask_strategy.parse(request.mask_strategy)
+
+    def _by_strategy(self, request: Request) -> bool:
+        """Whether references are placed by a mask strategy: always in 1.1 and 1.2, by condition `mask` in 1.3."""
+        conditioning, kind = self.recipe.model.conditioning, request.condition or self.sampling.condition
+        return conditioning == "mask" or (conditioning == "embed" and kind == "mask")
 
     def _reference(self, path: Path) -> Tensor:
         return encode_reference(path, self.size, self.recipe.strides, self.networks.autoencoder)
@@ -132,7 +138,7 @@ class Generator:
         placements: Sequence[mask_strategy.Placement],
         loop: int,
     ) -> Given | None:
-        if self.recipe.model.conditioning in ("none", "mask"):
+        if self.recipe.model.conditioning == "none" or self._by_strategy(request):
             return given_by_strategy(self.grid, own, placements, loop, self.sampling.align)
         kind = self._kind(request.condition or self.sampling.condition)
         if kind == "t2v":

@@ -111,7 +111,7 @@ def test_prompts_come_from_a_folder_or_from_a_file_of_ones_own(call: Call, tmp_p
 
 
 def test_a_request_with_a_picture_is_made_from_it(call: Call, tmp_path: Path) -> None:
-    """Its references lie beside the file of prompts; given something, the steps evaluate a third row."""
+    """Its references lie beside the file of prompts."""
     picture = np.zeros((48, 80, 3), np.uint8)
     picture[:, 40:] = 255
     cv2.imwrite(str(tmp_path / "half.png"), picture)
