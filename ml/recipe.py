@@ -43,6 +43,7 @@ class Recipe(Section):
     autoencoder: s.Autoencoder
     model: Model
     objective: Objective
+    pretrained: s.Pretrained | None = None
     stages: tuple[s.Stage, ...]
     sampling: Sampling
     evaluation: s.Evaluation
@@ -207,9 +208,6 @@ class Recipe(Section):
         model = self.model
         if model.hidden_size % model.num_heads:
             return [f"model: hidden_size {model.hidden_size} is not divisible by {model.num_heads} heads"]
-        head = model.hidden_size // model.num_heads
-        if isinstance(model, MMDiT) and sum(model.axes_dim) != head:
-            return [f"model: axes_dim sum to {sum(model.axes_dim)}, head size is {head}"]
         return []
 
     def _condition_problems(self) -> list[str]:

@@ -33,7 +33,13 @@ DOORS = {
 HEAVY = {*DOORS, "diffusers", "transformers"}
 HEAVY_AT_TOP = {"evaluation/vbench_runner.py": {"vbench"}}
 LIGHT_FOLDERS = ("infra", "assets", "orchestration", "ml/curation")
-LIGHT_FILES = {f"ml/{name}.py" for name in ("recipe", "sections", "manifest", "shapes", "plan", "entry")}
+LIGHT_FILES = {
+    f"ml/{name}.py"
+    for name in (
+        *("recipe", "section", "sections", "architectures", "processes", "reconstruction", "aspects", "shapes"),
+        *("manifest", "counts", "plan", "score_text", "entry"),
+    )
+}
 
 # Modules without a test of their own name, each with the place where they are tested.
 DECLARED = (
@@ -50,6 +56,7 @@ DECLARED = (
 )
 TESTED_ELSEWHERE = {
     "ml/sections.py": "tests/ml/test_recipe.py: every validator runs when a recipe is loaded",
+    "ml/models/autoencoders/opensora_v1_3_layers.py": "tests/ml/models/autoencoders/test_opensora_v1_3.py: names, windows",
     "assets/reports.py": "tests/evaluation/test_judge.py, and tests/assets/test_steps.py for what makes it stale",
     "orchestration/resources.py": "tests/orchestration/test_definitions.py: the whole walk is built from it",
     "orchestration/jobs.py": "tests/orchestration/test_definitions.py: names, selections, partitions",
@@ -64,6 +71,7 @@ TESTS_OF_THE_WHOLE = {
     "test_environment.py",
     "test_walk.py",
     "orchestration/test_webserver.py",
+    "ml/test_generations.py",
 }
 
 CONFIGURATIONS = {"cfg", "conf", "config", "configuration", "settings", "recipe", "section", "options", "opts"}
@@ -125,7 +133,7 @@ def test_every_module_has_a_mirrored_test() -> None:
 
 
 def test_every_test_mirrors_a_module() -> None:
-    mirrors = {mirror(name) for name in sources()}
+    mirrors = {mirror(name) for name in (*sources(), *benchmarks())}
     named = [name for name in suite() if Path(name).name.startswith("test_")]
     assert [n for n in named if n not in mirrors and n.removeprefix("tests/") not in TESTS_OF_THE_WHOLE] == []
 
@@ -195,6 +203,11 @@ def test_definitions_load_light() -> None:
 def sources() -> tuple[str, ...]:
     """Every Python file of the five floors, as a path below the root."""
     return tuple(relative(path) for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py")))
+
+
+@cache
+def benchmarks() -> tuple[str, ...]:
+    return tuple(relative(path) for path in sorted((ROOT / "benchmarks").rglob("*.py")))
 
 
 @cache
