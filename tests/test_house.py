@@ -56,7 +56,7 @@ DECLARED = (
 )
 TESTED_ELSEWHERE = {
     "ml/sections.py": "tests/ml/test_recipe.py: every validator runs when a recipe is loaded",
-    "ml/models/autoencoders/opensora_v1_3_layers.py": "tests/ml/models/autoencoders/test_opensora_v1_3.py: names, windows",
+    "ml/models/autoencoders/opensora_v1_3_layers.py": "tests/ml/models/autoencoders/test_opensora_v1_3.py",
     "assets/reports.py": "tests/evaluation/test_judge.py, and tests/assets/test_steps.py for what makes it stale",
     "orchestration/resources.py": "tests/orchestration/test_definitions.py: the whole walk is built from it",
     "orchestration/jobs.py": "tests/orchestration/test_definitions.py: names, selections, partitions",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ml.manifest import SHOTS, ManifestError, stable_id
+from ml.manifest import LATENTS, SHOTS, ManifestError, stable_id
 
 
 def shots(count: int = 3) -> pd.DataFrame:
@@ -65,3 +65,21 @@ def test_ids_depend_on_every_part_and_on_nothing_else() -> None:
     assert stable_id("a", 1) == stable_id("a", "1")
     assert stable_id("a", "bc") != stable_id("ab", "c")
     assert len(stable_id("a")) == 16
+
+
+def test_latents_say_where_they_lie_and_how_fast_their_clips_run() -> None:
+    """1.1 to 1.3 tell the network the frame rate of each clip, 1.x its pixels too."""
+    kinds = {column.name: column.kind for column in LATENTS.columns}
+    assert LATENTS.key == "key"
+    assert {
+        "resolution": "str",
+        "height": "int",
+        "width": "int",
+        "frames": "int",
+        "fps": "float",
+    }.items() <= kinds.items()
+    row = {"key": "c/48x80/48x80/5", "clip_id": "c", "split": "train", "tiers": "base", "resolution": "48x80"}
+    rest = {"height": 48, "width": 80, "frames": 5, "shard": "latents-00000.safetensors"}
+    with pytest.raises(ManifestError, match=r"missing column.*fps"):
+        LATENTS.conform(pd.DataFrame([{**row, **rest}]))
+    assert LATENTS.conform(pd.DataFrame([{**row, **rest, "fps": 12}]))["fps"].dtype == "float64"
