@@ -1,6 +1,7 @@
 """Training stages: one checkpoint asset per stage of the recipe, each on the one before."""
 
-from assets.steps import Entry, Step
+from assets.steps import Entry, Function, Step
+from ml.entry import Call
 from ml.recipe import Recipe
 from ml.sections import Stage
 
@@ -13,13 +14,39 @@ def checkpoint_key(recipe: Recipe, stage: Stage) -> tuple[str, str]:
 
 
 def checkpoint_steps(recipe: Recipe) -> list[Step]:
-    """One step per stage. Prices, hardware and published figures are not part of what a checkpoint is."""
-    before = (None, *recipe.stages[:-1])
-    return [_stage(recipe, stage, previous) for previous, stage in zip(before, recipe.stages, strict=True)]
+    """Released weights where the recipe starts from them, then one step per stage.
+
+    Prices, hardware and published figures are not part of what a checkpoint is.
+    """
+    made = [] if recipe.pretrained is None else [_pretrained(recipe)]
+    for stage in recipe.stages:
+        made.append(_stage(recipe, stage, made[-1].key if made else None))
+    return made
 
 
-def _stage(recipe: Recipe, stage: Stage, before: Stage | None) -> Step:
-    init = {"init": (checkpoint_key(recipe, before),)} if before else {}
+def _pretrained(recipe: Recipe) -> Step:
+    return Step(
+        key=(recipe.name, "pretrained"),
+        group="training",
+        description="Released transformer weights that stage 1 starts from, every name checked and converted.",
+        work=Function(_import),
+        purpose="storage",
+        recipe=recipe,
+        reads=("seed", "model", "text", "autoencoder.net", "pretrained"),
+        kinds=frozenset({"pytorch"}),
+        owner="team:training",
+    )
+
+
+def _import(call: Call) -> None:
+    """Check and place the released weights; the import stands here because it brings torch."""
+    from ml.released import import_transformer
+
+    import_transformer(call)
+
+
+def _stage(recipe: Recipe, stage: Stage, before: tuple[str, str] | None) -> Step:
+    init = {"init": (before,)} if before else {}
     return Step(
         key=checkpoint_key(recipe, stage),
         group="training",

@@ -15,13 +15,26 @@ def latent_steps(recipe: Recipe) -> list[Step]:
             work=Entry("ml.encode", "latents", recipe.compute.encode),
             purpose="data",
             recipe=recipe,
-            reads=("text", "seed", "sampling.fps", "model.patch", "model.conditioning", *_buckets(recipe)),
+            reads=(
+                "text",
+                "seed",
+                "sampling.fps",
+                "model.patch",
+                "model.conditioning",
+                *_augmentation(recipe),
+                *_buckets(recipe),
+            ),
             inputs={"dataset": ((recipe.name, "dataset_version"),), "autoencoder": (autoencoder_key(recipe),)},
             kinds=frozenset({"pytorch", "parquet"}),
             owner="team:training",
             table="latents",
         )
     ]
+
+
+def _augmentation(recipe: Recipe) -> list[str]:
+    """Damage to clips happens before they are encoded (1.3)."""
+    return ["objective.augmentation"] if recipe.objective.kind == "rectified_flow" else []
 
 
 def _buckets(recipe: Recipe) -> list[str]:

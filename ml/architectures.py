@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 
 from ml.section import Fraction, Positive, PositiveFloat, Section
 
+# Layouts of released transformer weights (ml/models/official/rules.py).
+Source = Literal["auto", "opensora", "opensora_4ch", "opensora_ends", "pixart_alpha", "pixart_sigma", "flux"]
 Conditioning = Literal["none", "mask", "embed", "channels"]
 Freeze = Literal["not_temporal", "text"]
 Patch = tuple[Literal[1], Positive, Positive]

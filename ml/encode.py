@@ -21,13 +21,15 @@ from tqdm import tqdm
 from infra.storage import atomic_write, sha256_of
 from infra.workspace import Workspace
 from ml.batching.buckets import Bucketing, Cell
-from ml.batching.datasets import HEAD, NULL, TAIL, TEXT_FILE, TEXT_PARTS, Clip, ClipDataset, to_video
+from ml.batching.datasets import DAMAGED, HEAD, NULL, TAIL, TEXT_FILE, TEXT_PARTS, Clip, ClipDataset, to_video
+from ml.diffusion.augment import damage
 from ml.engines.plain import device_of
 from ml.entry import Call, parse
 from ml.manifest import LATENTS, stable_id
 from ml.models.autoencoders.autoencoder import VideoAutoencoder
 from ml.models.text import TextEncoder, build_text_encoder
 from ml.models.weights import WEIGHTS
+from ml.processes import Augmentation, RectifiedFlow
 from ml.recipe import Recipe
 from ml.training.networks import open_autoencoder
 
@@ -73,7 +75,8 @@ def encode_latents(call: Call) -> None:
     autoencoder = open_autoencoder(recipe, call.input("autoencoder")).to(device)
     digest = sha256_of(call.input("autoencoder") / WEIGHTS)[:16]
     ends = recipe.model.conditioning in ("channels", "embed")
-    rows = encode_shards(call, items, clips, Encoder(autoencoder, ends, digest))
+    augmentation = recipe.objective.augmentation if isinstance(recipe.objective, RectifiedFlow) else None
+    rows = encode_shards(call, items, clips, Encoder(autoencoder, ends, digest, augmentation, recipe.seed))
     text = build_text_encoder(recipe.text, Workspace(call.workspace).cache / "text", str(device))
     captions = {item.clip.footage.clip_id: item.clip.caption for item in items}
     encode_text(call.out / TEXT_FILE, text, captions)
@@ -109,11 +112,32 @@ def plan_items(recipe: Recipe, clips: ClipDataset) -> list[Item]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What encodes: the autoencoder, whether first and last frames are encoded alone too, the digest of its weights."""
+    """What encodes: the autoencoder and the digest of its weights, and what is encoded beside the clips themselves.
+
+    `ends`: first and last frames alone. `augmentation`: a damaged copy, drawn from `seed` and the clip (1.3).
+    """
 
     autoencoder: VideoAutoencoder
     ends: bool
     digest: str
+    augmentation: Augmentation | None
+    seed: int
+
+    @property
+    def content(self) -> str:
+        """What decides the latents of a clip, beside the clip."""
+        return stable_id(self.digest, self.ends, self.augmentation, self.seed if self.augmentation else "")
+
+    def parts(self, items: Sequence[Item], video: Tensor) -> dict[str, Tensor]:
+        """Videos [B,3,T,H,W] to encode for a batch of one shape, by the suffix of their keys."""
+        found = {"": video}
+        if self.ends and video.shape[2] > 1:
+            found |= {f"/{HEAD}": video[:, :, :1], f"/{TAIL}": video[:, :, -1:]}
+        if self.augmentation is not None:
+            generators = [torch.Generator().manual_seed(int(stable_id(self.seed, i.key)[:8], 16)) for i in items]
+            copies = zip(video.chunk(len(video)), generators, strict=True)
+            found[f"/{DAMAGED}"] = torch.cat([damage(clip, self.augmentation, draws) for clip, draws in copies])
+        return found
 
 
 def encode_shards(call: Call, items: Sequence[Item], clips: ClipDataset, encoder: Encoder) -> pd.DataFrame:
@@ -122,7 +146,7 @@ def encode_shards(call: Call, items: Sequence[Item], clips: ClipDataset, encoder
     with tqdm(total=len(items), desc="latents", unit="clip", mininterval=1.0) as bar:
         for number, shard in enumerate(parts(items, SHARD_ITEMS)):
             name = f"latents-{number:05d}.safetensors"
-            wanted = stable_id(encoder.digest, encoder.ends, *(item.key for item in shard))
+            wanted = stable_id(encoder.content, *(item.key for item in shard))
             if not is_finished(call.out / name, wanted):
                 write_tensors(call.out / name, dict(encode_items(shard, clips, encoder)), wanted)
             rows += [row_of(item, name, clips.bucketing.rate(item.clip.footage)) for item in shard]
@@ -134,7 +158,8 @@ def encode_shards(call: Call, items: Sequence[Item], clips: ClipDataset, encoder
 def encode_items(items: Iterable[Item], clips: ClipDataset, encoder: Encoder) -> Iterator[tuple[str, Tensor]]:
     """Latents [C,t,h,w] by key; where a network is told of given pictures, also a video's first and last frames.
 
-    Those are encoded alone, as a person gives them at sampling time: [C,1,h,w] under `key/head` and `key/tail`.
+    Those are encoded alone, as a person gives them at sampling time: [C,1,h,w] under `key/head` and `key/tail`. A
+    damaged copy goes under `key/damaged`.
     """
     autoencoder = encoder.autoencoder
     device = next(autoencoder.parameters()).device
@@ -145,10 +170,7 @@ def encode_items(items: Iterable[Item], clips: ClipDataset, encoder: Encoder) ->
             video = to_video([clips.still(clip_id, cell.size) for clip_id in ids]).to(device)
         else:
             video = to_video([clips.read(clip_id, cell.size, cell.frames) for clip_id in ids]).to(device)
-        parts = {"": video}
-        if encoder.ends and cell.frames > 1:
-            parts |= {f"/{HEAD}": video[:, :, :1], f"/{TAIL}": video[:, :, -1:]}
-        for suffix, part in parts.items():
+        for suffix, part in encoder.parts(group, video).items():
             with torch.inference_mode():
                 latents = autoencoder.encode(part).float().cpu()
             for index, item in enumerate(group):

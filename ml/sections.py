@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ml.architectures import AutoencoderNet, Latent
+from ml.architectures import AutoencoderNet, Latent, Source
 from ml.reconstruction import AutoencoderLoss
 from ml.section import Fraction, Name, Positive, PositiveFloat, Section
 from ml.shapes import Law
@@ -197,6 +197,19 @@ class Autoencoder(Section):
     def spatial_stride(self) -> int:
         """Pixels along one side of a latent cell."""
         return GEOMETRY[self.kind][1]
+
+
+# --- where training starts ----------------------------------------------------------------------------------------
+
+
+class Pretrained(Section):
+    """Released transformer weights that the first stage starts from: a path in the workspace, and their layout.
+
+    `source` is one of `opensora weights import --source`: `auto` finds out.
+    """
+
+    uri: str
+    source: Source = "auto"
 
 
 # --- stages -------------------------------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from infra.registry import Imported, Registry
 from infra.storage import atomic_write, sha256_of
 from infra.workspace import Workspace
-from ml.architectures import AutoencoderNet, Latent, Model
+from ml.architectures import AutoencoderNet, Latent, Model, Source
 from ml.models.official import exports
 from ml.models.official.convert import Checked, check
 from ml.models.official.files import Header, OfficialError, open_official, write
 from ml.models.official.looks import Part
-from ml.models.official.rules import Source, Target
+from ml.models.official.rules import Target
 from ml.models.weights import CARD, WEIGHTS, Card, Origin, read_card
 from ml.recipe import Recipe
 

@@ -62,6 +62,18 @@ def plan(name: Name, profile: Profile = "paper") -> None:
 
 
 @app.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Two recipes or more.", metavar="RECIPE RECIPE ...")],
+    profile: Profile = "paper",
+) -> None:
+    """Set recipes side by side: networks, tokens, FLOPs a sample, plan and published dollars, measured reports."""
+    from orchestration.compare import compare as table_of
+
+    with problems():
+        show.console.print(table_of(names, profile))
+
+
+@app.command()
 def demo(
     recipe: Annotated[str, typer.Option(help="Recipe to walk through.")] = "v2_0",
     profile: Profile = "tiny",
@@ -222,10 +234,10 @@ def _unmet(recipe: Recipe) -> list[str]:
         for stage in recipe.stages
         if not stage.compute.accelerators.startswith("CPU") and stage.compute.devices > 1
     ]
-    weights = recipe.autoencoder.weights_uri
-    if weights and not (Settings().workspace / weights).is_file():
-        found.append(f"autoencoder: {weights} is not in the workspace")
-    return found
+    uris = {"autoencoder": recipe.autoencoder.weights_uri}
+    uris["pretrained"] = recipe.pretrained.uri if recipe.pretrained else None
+    missing = {part: uri for part, uri in uris.items() if uri and not (Settings().workspace / uri).exists()}
+    return found + [f"{part}: {uri} is not in the workspace" for part, uri in missing.items()]
 
 
 def _sample(settings: Settings) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from infra.registry import Registry
 from infra.settings import Settings
+from ml.architectures import Source
 from ml.recipe import Recipe, user_folders
 from orchestration import show
 from orchestration.problems import problems, stop
@@ -40,8 +41,11 @@ class ImportOptions:
     profile: Annotated[str, typer.Option(help="Profile of the recipe; `paper` has the published sizes.")] = "paper"
     part: Annotated[Literal["transformer", "autoencoder"], typer.Option(help="Network of the recipe.")] = "transformer"
     source: Annotated[
-        Literal["auto", "opensora", "opensora_4ch", "pixart_alpha", "pixart_sigma", "flux"],
-        typer.Option(help="Layout of the file; `opensora_4ch` starts 1.3 from 1.2's weights."),
+        Source,
+        typer.Option(
+            help="Layout of the file; `opensora_4ch` starts 1.3 from 1.2's weights, `opensora_ends` 2.0 on another "
+            "autoencoder."
+        ),
     ] = "auto"
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare names and shapes only; write nothing.")] = False
     licence: Annotated[str, typer.Option(help="SPDX identifier of the weights' licence.")] = ""

@@ -26,6 +26,8 @@ TEXT_FILE, TEXT_PARTS = "text.safetensors", ("context", "pooled", "mask")
 NULL = "null"
 # Suffixes of the tensors that hold a clip's first and last frame encoded alone, as a person gives them.
 HEAD, TAIL = "head", "tail"
+# Suffix of the latent of a damaged copy of the clip, which 1.3 learns to clean up.
+DAMAGED = "damaged"
 CACHE_BYTES = 1 << 30
 
 
@@ -38,7 +40,7 @@ class LatentBatch:
     """Latents [B,C,t,h,w] of one shape, their captions, frame rates [B], and what they were in pixels and frames.
 
     `heads` and `tails` [B,C,1,h,w] are their first and last frames encoded alone; None for images, and for networks
-    that are not told of them.
+    that are not told of them. `damaged` [B,C,t,h,w] are latents of damaged copies, where the recipe augments.
     """
 
     latents: Tensor
@@ -47,6 +49,7 @@ class LatentBatch:
     cell: Cell
     heads: Tensor | None = None
     tails: Tensor | None = None
+    damaged: Tensor | None = None
 
 
 class LatentDataset:
@@ -84,15 +87,15 @@ class LatentDataset:
         latents = torch.stack([self._latent(key, key) for key in keys])
         text = self.text([str(self.rows.at[key, "clip_id"]) for key in keys])
         fps = torch.tensor([float(self.rows.at[key, "fps"]) for key in keys])
-        ends = [self._ends(keys, name) for name in (HEAD, TAIL)]
-        return LatentBatch(latents, text, fps, _cell(self.rows.loc[keys[0]]), *ends)
+        more = [self._more(keys, name) for name in (HEAD, TAIL, DAMAGED)]
+        return LatentBatch(latents, text, fps, _cell(self.rows.loc[keys[0]]), *more)
 
     def text(self, clip_ids: Sequence[str]) -> Text:
         """Text embeddings of the captions of clips."""
         return Text(*(torch.stack([self._text(clip_id, part) for clip_id in clip_ids]) for part in TEXT_PARTS))
 
-    def _ends(self, keys: Sequence[str], name: str) -> Tensor | None:
-        """First or last frames encoded alone, where the encoder wrote them."""
+    def _more(self, keys: Sequence[str], name: str) -> Tensor | None:
+        """What the encoder wrote beside the latents themselves, if it did."""
         file = self._tensors[self.rows.at[keys[0], "shard"]]
         if f"{keys[0]}/{name}" not in set(file.keys()):  # type: ignore[no-untyped-call]
             return None

@@ -121,7 +121,7 @@ class LinearAttention(nn.Module):
         with torch.autocast(qkv.device.type, enabled=False):
             if qkv.dtype == torch.float16:
                 qkv = qkv.float()
-            q, k, v = qkv.reshape(batch, -1, 3 * self.head_dim, qkv[0, 0].numel()).split(self.head_dim, dim=2)
+            q, k, v = qkv.reshape(batch, -1, 3 * self.head_dim, qkv[0, 0].numel()).chunk(3, dim=2)
             sums = F.pad(v, (0, 0, 0, 1), value=1.0) @ F.relu(k).transpose(-1, -2) @ F.relu(q)
             sums = sums.float() if sums.dtype == torch.bfloat16 else sums
             return (sums[:, :, :-1] / (sums[:, :, -1:] + ATTENTION_EPS)).reshape(batch, -1, *grid)
@@ -237,4 +237,4 @@ def shuffle(x: Tensor, factor: Triple) -> Tensor:
 
 def average(x: Tensor, channels: int) -> Tensor:
     """Means of neighbouring channels, so many that `channels` are left: [B,C,T,H,W] -> [B,channels,T,H,W]."""
-    return x.unflatten(1, (channels, -1)).mean(2)
+    return x.reshape(len(x), channels, -1, *x.shape[2:]).mean(2)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ml.architectures import Source
 from ml.models.official.files import Header, Official
 from ml.models.official.looks import looks_like
 from ml.models.official.report import Entry, Report, hint
-from ml.models.official.rules import Rules, Source, State, Step, Target, rules_for
+from ml.models.official.rules import Rules, State, Step, Target, rules_for
 
 # Steps may need the other tensors of a block (q, k and v are fused from three), and never those of another one.
 GROUP = re.compile(r"(?:double_blocks|single_blocks)\.\d+\.")

@@ -10,15 +10,15 @@ A rule is a list of steps from a few tensors to a few tensors, which run the sam
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ml.architectures import Source
 from ml.models.official.files import Header, OfficialError
 from ml.models.official.looks import looks_like, starts
 
-Source = Literal["auto", "opensora", "opensora_4ch", "pixart_alpha", "pixart_sigma", "flux"]
 State = dict[str, Tensor]
 
 PATCH, HALVES, CHANNELS = 4, 2, 4  # rows of a 4-channel final layer: 2x2 cells, mean and variance, channels
@@ -28,6 +28,7 @@ X = "x_embedder.proj.weight"
 # Names of attention in diffusers before 0.18, which the published sd-vae-ft-ema still has.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 COMPUTED = "computed by the network, never learned"
+OTHER_LATENT = "belongs to another autoencoder's latent"
 BLANK = "starts at zero, which changes nothing until it is trained"
 
 
@@ -74,7 +75,7 @@ def rules_for(headers: Mapping[str, Header], target: Target, source: Source = "a
         return _pixart(chosen, headers, target)
     if chosen == "opensora_4ch" and target.kind == "stdit3":
         return _widened(target)
-    if chosen == "flux" and target.kind == "mmdit":
+    if chosen in ("flux", "opensora_ends") and target.kind == "mmdit":
         return _mmdit(chosen, headers, target)
     if chosen != "opensora":
         raise OfficialError(f"source {chosen} starts no {target.kind}; {target.recipe} takes {_takes(target.kind)}")
@@ -86,7 +87,7 @@ def rules_for(headers: Mapping[str, Header], target: Target, source: Source = "a
 
 
 def _takes(kind: str) -> str:
-    others = {"stdit3": "opensora_4ch, pixart_alpha, pixart_sigma", "mmdit": "flux"}
+    others = {"stdit3": "opensora_4ch, pixart_alpha, pixart_sigma", "mmdit": "flux, opensora_ends"}
     others |= {"stdit": "pixart_alpha, pixart_sigma", "stdit2": "pixart_alpha, pixart_sigma"}
     return f"opensora, {others[kind]}" if kind in others else "opensora"
 
@@ -193,7 +194,11 @@ WIDEN = Step("4 latent channels repeated to 16", widen)
 
 
 def _mmdit(source: str, headers: Mapping[str, Header], target: Target) -> Rules:
-    """Between FLUX.1's layout (fused q, k, v; rotary pairs side by side) and Open-Sora 2.0's (apart; half by half)."""
+    """Between FLUX.1's layout (fused q, k, v; rotary pairs side by side) and Open-Sora 2.0's (apart; half by half).
+
+    Source `opensora_ends` takes a 2.0 network to another autoencoder: its first and last projections start fresh
+    (docs/hcae.md, main).
+    """
     from ml.models import mmdit_layouts
 
     config = target.config
@@ -205,13 +210,16 @@ def _mmdit(source: str, headers: Mapping[str, Header], target: Target) -> Rules:
     if source == "flux" and config["use_liger_rope"]:
         how = "rotary pairs d, d+1 to halves"
         steps.append(Step(how, lambda state: mmdit_layouts.to_half_split(state, heads)))
-    if source == "opensora" and not config["use_liger_rope"]:
+    if source != "flux" and not config["use_liger_rope"]:
         how = "rotary halves to pairs d, d+1"
         steps.append(Step(how, lambda state: mmdit_layouts.to_interleaved(state, heads)))
     if config["fused_qkv"]:
         steps.append(Step("q, k and v (and the MLP) fused", lambda state: mmdit_layouts.fuse_qkv(state, width)))
     unguided = not any(name.startswith("guidance_in.") for name in target.wanted)
     dropped = {r"guidance_in\..+": "this network is not guidance-distilled (guidance_embed: false)"} if unguided else {}
+    if source == "opensora_ends":
+        ends = r"(img_in|cond_in|final_layer\.linear)\..+"
+        return Rules(source, {**dropped, ends: OTHER_LATENT}, {ends: OTHER_LATENT}, tuple(steps))
     return Rules(source, dropped, {r"cond_in\..+": BLANK}, tuple(steps))
 
 
