@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -49,7 +50,8 @@ def append_votes(path: Path, votes: Sequence[Vote]) -> None:
     with path.open("a", newline="", encoding="utf-8") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         writer = csv.DictWriter(stream, [f.name for f in fields(Vote)])
-        if stream.tell() == 0:
+        # The place is that of the moment it was opened: another voter may have begun the file since.
+        if stream.seek(0, os.SEEK_END) == 0:
             writer.writeheader()
         writer.writerows(asdict(vote) for vote in votes)
 

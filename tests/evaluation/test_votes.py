@@ -1,5 +1,7 @@
 """The vote file: appended to, read back, refused when it is not one."""
 
+import fcntl
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,23 @@ def test_voters_at_the_same_time_lose_nothing(tmp_path):
     with ProcessPoolExecutor(2) as pool:
         list(pool.map(_append, [path, path]))
     assert read_votes(path) == [VOTE] * 300
+
+
+def test_two_who_begin_the_file_together_write_one_header(tmp_path):
+    """The second opens an empty file, waits for the lock, and finds the first one's lines in it."""
+    path = tmp_path / "votes.csv"
+    append_votes(tmp_path / "first.csv", [VOTE])
+    with path.open("a", encoding="utf-8") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = threading.Thread(target=append_votes, args=(path, [VOTE]))
+        second.start()
+        second.join(timeout=0.3)
+        assert second.is_alive(), "it waits for the lock"
+        first.write((tmp_path / "first.csv").read_text(encoding="utf-8"))
+        first.flush()
+        fcntl.flock(first, fcntl.LOCK_UN)
+        second.join()
+    assert read_votes(path) == [VOTE, VOTE]
 
 
 @pytest.mark.parametrize("line", ["p1,old,new,motion,middle,me,3,1", "p1,old,new,motion,left,me,soon,1", "p1,old"])

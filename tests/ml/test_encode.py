@@ -193,6 +193,31 @@ def test_every_generation_encodes_what_its_network_is_told(
     torch.testing.assert_close(batch.latents, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_damaged_copy_stands_beside_each_clip_where_the_recipe_augments(
+    make_generation: Callable[..., Recipe], make_call: Callable[..., Call], footage: Any, tmp_path: Path
+) -> None:
+    """1.3: what of a clip is damaged is drawn from seed and clip, so that encoding again gives the same."""
+    always = {"pixel_noise_chance": 1.0, "pixel_noise": 0.4, "spatial_chance": 1.0, "temporal_chance": 0.0}
+    small = make_generation("v1_3", objective={"augmentation": always})
+    inputs = {"dataset": footage.dataset, "autoencoder": saved(small, tmp_path / "vae", Latent())}
+    found = []
+    for out in ("one", "two"):
+        call = replace(make_call("latents", small, out=out, inputs=inputs), workspace=footage.workspace)
+        encode_latents(call)
+        rows = LATENTS.read(call.out)
+        found.append(LatentDataset(call.out).load([rows["key"][rows["frames"] == 5].iloc[0]]))
+    assert found[0].damaged is not None
+    assert found[0].damaged.shape == found[0].latents.shape
+    assert not torch.allclose(found[0].damaged, found[0].latents, atol=1e-3)
+    assert torch.equal(found[0].damaged, found[1].damaged)
+    assert torch.equal(found[0].latents, found[1].latents)
+    plain = replace(
+        make_call("latents", make_generation("v1_3"), out="two", inputs=inputs), workspace=footage.workspace
+    )
+    encode_latents(plain)
+    assert LatentDataset(plain.out).load([LATENTS.read(plain.out)["key"][0]]).damaged is None, "its shards are its own"
+
+
 def test_a_clip_faster_than_the_recipe_is_written_at_the_rate_that_is_left(
     make_recipe: Callable[..., Recipe], call: Call
 ) -> None:

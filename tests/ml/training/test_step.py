@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,18 @@ def test_a_given_latent_of_1_3_is_told_beside_the_noise_with_its_place(make_gene
     assert bool((t >= 0).all() and (t <= 1000).all())
     assert float(t.max()) > 10, "1.3's networks count to 1000"
     assert float((x[:, :, 0] - data.latents[:, :, 0]).abs().mean()) > 0.1, "the given frame is noised all the same"
+
+
+def test_a_damaged_copy_is_seen_and_the_whole_clip_is_learned(make_generation: Callable[..., Recipe]) -> None:
+    """1.3 noises the damaged latents; what is wanted is still the velocity to the clean ones, 0 here: variance 1."""
+    recipe = make_generation("v1_3")
+    data = batch(recipe, 64, 5)
+    data = replace(data, latents=torch.zeros_like(data.latents), damaged=torch.full_like(data.latents, 50.0))
+    made = engine(Recorder(2))
+    loss = objective(recipe, {"t2v": 1.0}, made.model).loss(made, data, step_generator(CPU, 2))
+    x, t, _ = made.model.asked[0]
+    torch.testing.assert_close(x.flatten(1).mean(1), 50 * (1 - t / 1000), rtol=0.05, atol=0.3)
+    assert float(loss.value.detach()) == pytest.approx(1.0, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["v1_0", "v1_1", "v1_2", "v1_3", "v2_0"])
