@@ -139,6 +139,16 @@ def test_every_step_of_the_walk_is_there_and_up_to_date(house: House) -> None:
         assert (house.folder_of(name) / "weights.safetensors").is_file()
 
 
+def test_clips_are_made_on_request_from_text_and_from_a_picture(house: House) -> None:
+    picture = house.folder / "footage" / "take0.mp4"
+    plain = Path(house.say("sample", "micro", "--prompt", "waves", "--seed", "5").strip().splitlines()[-1])
+    given = ["--ref", str(picture), "--set", "condition=i2v_head"]
+    led = Path(house.say("sample", "micro", "--prompt", "waves", "--seed", "5", *given).strip().splitlines()[-1])
+    clips = [(folder / "videos" / "0-5.mp4").read_bytes() for folder in (plain, led)]
+    assert clips[0] != clips[1]
+    assert "t2v" in house.say("sample", "micro", "--prompt", "waves", "--ref", str(picture), code=1)
+
+
 def test_a_broken_file_became_a_rejected_row_with_its_reason(house: House) -> None:
     walk = house.walk
     step = walk.step(("corpus", "sample"))
