@@ -58,7 +58,7 @@ def measure(kind: str, tiny: bool, repeats: int) -> Measured:
     paper = Recipe.load("v2_0", "paper").sampling
     guided = {name: getattr(paper, name) for name in ("steps", "guidance_text", "guidance_image", "oscillate", "ramp")}
     recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={**guided, "condition": kind})})
-    case = Case(recipe, _network(recipe), (3, 4, 4) if tiny else (5, 16, 24), kind)
+    case = Case(recipe, _network(recipe), (3, 4, 4) if tiny else (5, 8, 16), kind)
     sampler = Sampler(recipe.objective, recipe.sampling, _shape(case), kind)
     calls: list[int] = []
     prompt, null, given = _told(case)
