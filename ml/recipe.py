@@ -181,8 +181,8 @@ class Recipe(Section):
         thresholds = [self.curation.keep.thresholds, *(tier.thresholds for tier in self.dataset.tiers)]
         for key in sorted({k for t in thresholds for k in t if k not in scores}):
             problems.append(f"threshold on {key!r}, which curation.scores does not compute{_nearest(key, scores)}")
-        if not self.stages:
-            problems.append("stages: a recipe needs at least one training stage")
+        if not (self.stages or self.pretrained):
+            problems.append("stages: give a training stage, or pretrained weights to use as they are")
         return problems
 
     def _weights_problems(self) -> list[str]:
