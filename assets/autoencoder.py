@@ -4,6 +4,7 @@ from assets.steps import Entry, Function, Step
 from evaluation.reconstruction import fetch_lpips
 from ml.entry import Call
 from ml.recipe import Recipe
+from ml.released import source_fingerprint
 from ml.sections import AutoencoderStage
 
 LPIPS = ("weights", "lpips_alex")
@@ -34,23 +35,25 @@ def autoencoder_key(recipe: Recipe) -> tuple[str, str]:
 
 def autoencoder_steps(recipe: Recipe) -> list[Step]:
     """Every stage on the one before (or the import), and `reconstruction_report`."""
-    made: list[Step] = [] if recipe.autoencoder.weights_uri is None else [_imported(recipe)]
+    uri = recipe.autoencoder.weights_uri
+    made: list[Step] = [] if uri is None else [_imported(recipe, uri)]
     for stage in recipe.autoencoder.stages:
         made.append(_stage(recipe, stage, made[-1].key if made else None))
     return [*made, _report(recipe)]
 
 
-def _imported(recipe: Recipe) -> Step:
+def _imported(recipe: Recipe, uri: str) -> Step:
     return Step(
         key=(recipe.name, "autoencoder"),
         group="autoencoder",
-        description=f"Released autoencoder weights from `{recipe.autoencoder.weights_uri}`, every key checked.",
+        description=f"Released autoencoder weights from `{uri}`, every key checked.",
         work=Function(_import),
         purpose="storage",
         recipe=recipe,
         reads=("autoencoder.net", "autoencoder.latent", "autoencoder.weights_uri"),
         kinds=frozenset({"pytorch"}),
         owner="team:training",
+        fingerprint=lambda workspace, partition: source_fingerprint(workspace.root, uri),
     )
 
 
@@ -74,7 +77,8 @@ def _stage(recipe: Recipe, stage: AutoencoderStage, before: tuple[str, str] | No
         recipe=recipe,
         reads=(
             "seed",
-            "sampling.fps",
+            "dataset.fps_max",
+            "model.kind",
             "model.patch",
             "autoencoder.net",
             "autoencoder.latent",
@@ -98,9 +102,10 @@ def _report(recipe: Recipe) -> Step:
         reads=(
             "evaluation.loss_clips",
             "seed",
-            "sampling.fps",
+            "dataset.fps_max",
             "sampling.resolution",
             "sampling.frames",
+            "model.kind",
             "model.patch",
         ),
         inputs={

@@ -18,7 +18,8 @@ def latent_steps(recipe: Recipe) -> list[Step]:
             reads=(
                 "text",
                 "seed",
-                "sampling.fps",
+                "dataset.fps_max",
+                "model.kind",
                 "model.patch",
                 "model.conditioning",
                 *_augmentation(recipe),

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def encode_latents(call: Call) -> None:
     """Write `latents.parquet`, its shards, `text.safetensors` and `encoders.json`."""
     recipe, device = call.recipe, device_of(call.recipe.compute.encode)
-    bucketing = Bucketing(recipe.strides.pixels, recipe.sampling.fps, recipe.seed)
+    bucketing = Bucketing(recipe.strides.pixels, recipe.dataset.fps_max, recipe.seed)
     # No cache: shards go bucket by bucket, so a clip comes back only after all others have been read.
     clips = ClipDataset(call.input("dataset"), call.workspace, bucketing, cache_bytes=0)
     items = plan_items(recipe, clips)

@@ -9,12 +9,13 @@ bill: one successful path, no failed run, no data, no autoencoder, no evaluation
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 from infra.prices import price
 from ml import counts, sections
 from ml.counts import forward_flops, recomputed_fraction
 from ml.recipe import Recipe
-from ml.shapes import Size, nominal_area, sizes_of
+from ml.shapes import MIN_AREA, Size, frame_interval, nominal_area, sizes_of
 
 __all__ = [
     "PEAK_TFLOPS",
@@ -47,7 +48,7 @@ TRAIN_FACTOR = 3.0
 Cell = tuple[str, int]
 
 ASSUMPTION = (
-    "Mean over buckets: clip lengths are taken to be spread evenly over curation.clips (seconds, at sampling.fps), "
+    "Mean over buckets: clip lengths are taken to be spread evenly over curation.clips (seconds, thinned to dataset.fps_max), "
     "every clip large enough for every resolution, and bucketed by the training rule (largest resolution first, in it "
     "the longest length, both with the bucket's probabilities; once as video, once as image). The range is the "
     "cheapest and the dearest bucket."
@@ -161,6 +162,7 @@ class Plan:
     budget_usd: float
     parameters: int
     stages: tuple[StagePlan, ...]
+    unreached: tuple[str, ...]
     assumption: str = ASSUMPTION
 
     @property
@@ -201,13 +203,14 @@ class Plan:
             if stage.published and not 0.5 <= stage.gpu_hours / 24 / stage.published.gpu_days <= 2:
                 days, reported = stage.gpu_hours / 24, stage.published.gpu_days
                 found.append(f"{stage.name}: {days:,.0f} GPU-days planned, {reported:,.0f} published")
-        return tuple(found)
+        return (*found, *self.unreached)
 
 
 def plan(recipe: Recipe) -> Plan:
     """Predict every stage of a recipe; raises PlanError for an accelerator whose peak speed is unknown."""
     stages = tuple(_stage(recipe, stage) for stage in recipe.stages)
-    return Plan(recipe.id, recipe.budget_usd, parameters(recipe), stages)
+    unreached = tuple(line for stage in recipe.stages for line in _unreached(recipe, stage))
+    return Plan(recipe.id, recipe.budget_usd, parameters(recipe), stages, unreached)
 
 
 def parameters(recipe: Recipe) -> int:
@@ -228,9 +231,45 @@ def step_shares(recipe: Recipe, stage: sections.Stage) -> dict[Cell, float]:
     return {cell: count / sum(steps.values()) for cell, count in steps.items()}
 
 
+def _unreached(recipe: Recipe, stage: sections.Stage) -> list[str]:
+    """The stage's buckets that would keep a clip, but that none of `curation.clips` falls in: one line, or none.
+
+    Clips may be smaller than `short_side_px`: a resolution that lies above takes none away.
+    """
+    clips, lengths = recipe.curation.clips, [t for t, chance in _lengths(recipe, stage).items() if chance > 0]
+    missed = []
+    for resolution, cells in stage.buckets.items():
+        large = _largest_area(recipe, resolution) >= MIN_AREA * nominal_area(resolution)
+        taken = [_taken(stage, resolution, frames) for frames in lengths if large]
+        reached = {frames for shares in taken for (_, frames), share in shares.items() if share > 0}
+        wanted = sorted(frames for frames, bucket in cells.items() if bucket.keep > 0)
+        runs = [list(run) for hit, run in groupby(wanted, reached.__contains__) if not hit]
+        missed += [f"{resolution} {', '.join(_ends(run) for run in runs)}"] if runs else []
+    if not missed:
+        return []
+    kind = f"{clips.min_seconds:g} to {clips.max_seconds:g} s at {_rate(recipe):g} fps, {clips.short_side_px} px"
+    return [f"{stage.name}: no clip of curation.clips ({kind}) falls in these buckets (frames): {'; '.join(missed)}"]
+
+
+def _ends(run: list[int]) -> str:
+    return f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0])
+
+
+def _largest_area(recipe: Recipe, resolution: str) -> float:
+    """Pixels of a curated clip of the widest aspect ratio that a resolution lists."""
+    sizes = sizes_of(resolution, recipe.strides.pixels).values()
+    return recipe.curation.clips.short_side_px**2 * max(max(s.width / s.height, s.height / s.width) for s in sizes)
+
+
+def _rate(recipe: Recipe) -> float:
+    """Frames per second that curated clips are trained at."""
+    fps = recipe.curation.clips.fps
+    return fps / frame_interval(fps, recipe.dataset.fps_max)
+
+
 def _lengths(recipe: Recipe, stage: sections.Stage) -> dict[int, float]:
     """Chance that a clip has at least so many frames and fewer than the next bucket asks for; 1 frame: every clip."""
-    clips, fps = recipe.curation.clips, recipe.sampling.fps
+    clips, fps = recipe.curation.clips, _rate(recipe)
     shortest, longest = clips.min_seconds * fps, clips.max_seconds * fps
     counts = sorted({frames for cells in stage.buckets.values() for frames in cells if frames > 1})
     chances = {1: 1.0}

@@ -151,7 +151,7 @@ def measure_losses(call: Call) -> None:
         "num_latents": grid.num_latents,
     }
     atomic_write(call.out / "losses.json", json.dumps(document, indent=2))
-    labels = (f"{recipe.id}: held-out loss", "time of the flow (0 data, 1 noise)", "mean squared error")
+    labels = (f"{recipe.id}: held-out loss", "time (0 data, 1 noise)", "mean squared error")
     curves({name: result.by_timestep for name, result in found.items()}, grid.times, labels, call.out / "losses.png")
     metrics = {f"loss_{name}": result.mean for name, result in found.items()}
     call.finish(
@@ -165,7 +165,7 @@ def measure_losses(call: Call) -> None:
 def measure_reconstruction(call: Call) -> None:
     """PSNR, SSIM and LPIPS of held-out clips through the autoencoder, beside two baselines without one."""
     recipe, device = call.recipe, device_of(call.recipe.compute.evaluate)
-    bucketing = Bucketing(recipe.strides.pixels, recipe.sampling.fps, recipe.seed)
+    bucketing = Bucketing(recipe.strides.pixels, recipe.dataset.fps_max, recipe.seed)
     clips = ClipDataset(call.input("dataset"), call.workspace, bucketing)
     autoencoder = open_autoencoder(recipe, call.input("autoencoder")).to(device)
     originals = read_split(clips, recipe, "holdout", recipe.evaluation.loss_clips)

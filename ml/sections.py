@@ -96,11 +96,13 @@ class Tier(Section):
 
 
 class Dataset(Section):
-    """The frozen dataset: held-out share and tiers.
+    """The frozen dataset: held-out share, tiers, and the frame rate that clips are trained at.
 
-    Whole shots are held out: a long video gives one unbroken block of them, any other goes whole to one side.
+    Whole shots are held out: a long video gives one unbroken block of them, any other goes whole to one side. Clips are
+    thinned by a whole interval to at most `fps_max` frames per second.
     """
 
+    fps_max: PositiveFloat
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)]
     tiers: Annotated[tuple[Tier, ...], Field(min_length=1)]
 
@@ -205,11 +207,14 @@ class Autoencoder(Section):
 class Pretrained(Section):
     """Released transformer weights that the first stage starts from: a path in the workspace, and their layout.
 
-    `source` is one of `opensora weights import --source`: `auto` finds out.
+    Without any stage they are sampled and judged as they are. `source` is one of `opensora weights import --source`:
+    `auto` finds out. `licence` (an SPDX identifier) and `url` are recorded with the import.
     """
 
     uri: str
     source: Source = "auto"
+    licence: str = ""
+    url: str = ""
 
 
 # --- stages -------------------------------------------------------------------------------------------------------

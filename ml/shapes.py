@@ -15,6 +15,8 @@ from ml.aspects import ASPECT_RATIOS, NOMINAL_AREAS, table
 # frames at a time, the rest padded (OpenSora-VAE 1.2); windows of 17 that share a frame (1.3); fours only (DC-AE).
 Law = Literal["frame", "causal", "micro", "window", "group"]
 STRIDE, MICRO_FRAMES, MICRO_LATENTS = 4, 17, 5
+# Share of a resolution's nominal area that a clip needs to train there (od/bucket.py, 1.1 to main).
+MIN_AREA = 0.8
 
 
 @dataclass(frozen=True, order=True)
@@ -93,6 +95,14 @@ class Strides:
         """Visual tokens L of one clip."""
         latents, height, width = self.grid(size, frames)
         return latents * math.ceil(height / self.patch) * math.ceil(width / self.patch)
+
+
+def frame_interval(fps: float, fps_max: float) -> int:
+    """Every how many frames one is taken, so that the rate is at most `fps_max` (Open-Sora 2.0 trains at 24 or less).
+
+    A rate within 1 % of the limit counts as the limit: 24.02 frames per second is not halved.
+    """
+    return max(1, math.ceil(fps / fps_max - 0.01))
 
 
 def nominal_area(resolution: str) -> int:

@@ -105,7 +105,7 @@ def new_autoencoder(call: Call, recipe: Recipe, stage: AutoencoderStage) -> Vide
 
 def autoencoder_clips(call: Call, recipe: Recipe, stage: AutoencoderStage, seed: int) -> AutoencoderClips:
     """The clips that a stage trains on, of the lengths that the autoencoder encodes."""
-    bucketing = Bucketing(recipe.strides.pixels, recipe.sampling.fps, recipe.seed)
+    bucketing = Bucketing(recipe.strides.pixels, recipe.dataset.fps_max, recipe.seed)
     lengths = [frames for frames in range(2, stage.frames + 1) if recipe.strides.encodes(frames)]
     return AutoencoderClips(ClipDataset(call.input("dataset"), call.workspace, bucketing), stage, seed, lengths)
 

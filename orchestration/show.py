@@ -161,7 +161,7 @@ def summary(walk: Walk, recipe: Recipe, bill: Table, seconds: float) -> None:
 def loss_table(path: Path) -> Table:
     """Held-out loss of the untrained model and of every stage."""
     losses = json.loads(path.read_text(encoding="utf-8"))
-    table = Table(title="Held-out flow-matching loss")
+    table = Table(title="Held-out loss")
     table.add_column("model")
     table.add_column("loss", justify="right")
     table.add_row("untrained", f"{losses['untrained']:.4f}")

@@ -13,11 +13,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ml.batching.video import frame_interval
 from ml.sections import Bucket
-from ml.shapes import Size, nearest_size, nominal_area
+from ml.shapes import MIN_AREA, Size, frame_interval, nearest_size, nominal_area
 
-MIN_AREA = 0.8
 Buckets = Mapping[str, Mapping[int, Bucket]]
 
 

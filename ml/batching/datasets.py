@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ml.batching.buckets import Bucketing, Cell, Footage, uniform
 from ml.batching.sampler import Batch
-from ml.batching.video import ClipCache, Frames, frame_interval, span
+from ml.batching.video import ClipCache, Frames, span
 from ml.manifest import EXAMPLES, LATENTS
 from ml.models.inputs import Text
 from ml.sections import AutoencoderStage, Stage
-from ml.shapes import Size
+from ml.shapes import Size, frame_interval
 
 TEXT_FILE, TEXT_PARTS = "text.safetensors", ("context", "pooled", "mask")
 NULL = "null"

@@ -3,7 +3,6 @@
 Letters: T frames, H W pixels. Frames are uint8 RGB, `[T, H, W, 3]`.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,14 +19,6 @@ Frames = NDArray[np.uint8]
 
 class DecodeError(ValueError):
     """A clip file that cannot give the frames asked for."""
-
-
-def frame_interval(fps: float, fps_max: float) -> int:
-    """Every how many frames one is taken, so that the rate is at most `fps_max` (Open-Sora 2.0 trains at 24 or less).
-
-    A rate within 1 % of the limit counts as the limit: 24.02 frames per second is not halved.
-    """
-    return max(1, math.ceil(fps / fps_max - 0.01))
 
 
 def span(num_frames: int, wanted: int, interval: int = 1, rng: np.random.Generator | None = None) -> list[int]:

@@ -222,8 +222,10 @@ def test_a_clip_faster_than_the_recipe_is_written_at_the_rate_that_is_left(
     make_recipe: Callable[..., Recipe], call: Call
 ) -> None:
     """Footage of 12 frames per second for a recipe of 5: every third frame, at 4 a second."""
-    sampling = {"resolution": "48x80", "aspect": "80:48", "frames": 1, "steps": 3, "fps": 5}
-    slow = make_recipe(text=MINILM, sampling=sampling, stage={"buckets": {"48x80": {1: {"keep": 1.0, "batch": 2}}}})
+    slow = make_recipe(
+        text=MINILM, dataset={"fps_max": 5}, stage={"buckets": {"48x80": {1: {"keep": 1.0, "batch": 2}}}}
+    )
+    assert slow.sampling.fps == 12, "the rate of samples is another thing"
     encode_latents(replace(call, given_recipe=slow))
     assert set(LATENTS.read(call.out)["fps"]) == {4.0}
     batch = LatentDataset(call.out).load([LATENTS.read(call.out)["key"][0]])

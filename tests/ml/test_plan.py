@@ -119,7 +119,9 @@ def test_a_length_is_taken_with_its_probability_else_the_next_shorter() -> None:
     assert step_shares(recipe, recipe.stages[0]) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize(("name", "stage"), [("v1_1", "stage3"), ("v1_2", "stage2"), ("v2_0", "stage1")])
+@pytest.mark.parametrize(
+    ("name", "stage"), [("v1_0", "stage1"), ("v1_1", "stage3"), ("v1_2", "stage2"), ("v2_0", "stage1")]
+)
 def test_shares_are_those_of_training(name: str, stage: str) -> None:
     """Clips of every length go through the trainer's own bucketing; the expected shares are met within sampling."""
     recipe = Recipe.load(name, "paper")
@@ -134,7 +136,7 @@ def test_plans_of_all_generations_meet_what_was_published() -> None:
     for name, days in (("v1_0", 197), ("v1_1", 548), ("v1_2", 1458), ("v1_3", 1458), ("v2_0", 4160)):
         planned = plan(Recipe.load(name, "paper"))
         assert planned.gpu_hours / 24 == pytest.approx(days, rel=0.02)
-        assert planned.warnings == ()
+        assert planned.warnings == planned.unreached, "nothing but buckets for footage of another kind"
         assert planned.published_gpu_days in (None, days)
 
 
@@ -147,6 +149,30 @@ def test_a_plan_above_the_budget_warns() -> None:
     poor = PAPER.model_copy(update={"budget_usd": 1000.0})
     assert any("budget_usd" in line for line in plan(poor).warnings)
     assert not any("budget_usd" in line for line in plan(PAPER.model_copy(update={"budget_usd": 1e6})).warnings)
+
+
+def test_buckets_that_no_curated_clip_falls_in_are_named() -> None:
+    """Too short, too long, too large; a length with keep 0 is not missed, nor one below a resolution that keeps all."""
+    on, off = Bucket(keep=1.0, batch=1), Bucket(keep=0.0, batch=1)
+    recipe = with_buckets(TINY, {"64px": {1: on, 5: on, 9: on, 17: on, 33: on, 49: on, 53: off}, "1024px": {1: on}})
+    (line,) = plan(recipe).warnings
+    assert line.startswith("stage1: no clip of curation.clips (1.5 to 4 s at 12 fps, 240 px)")
+    assert line.endswith("(frames): 64px 5 to 9, 49; 1024px 1")
+    slow = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"fps_max": 4.0})})
+    assert "at 4 fps" in plan(slow).warnings[0]
+    assert "64px 17 to 49;" in plan(slow).warnings[0]
+
+
+def test_the_longest_lengths_of_1_2_have_footage() -> None:
+    """408 frames are 13.6 s of its clips of 2 to 16 s at 30 frames per second."""
+    for profile in ("paper", "tiny"):
+        assert "408" not in "".join(plan(Recipe.load("v1_2", profile)).unreached)
+    assert ("144p", 408) in step_shares(Recipe.load("v1_2", "paper"), Recipe.load("v1_2", "paper").stages[0])
+
+
+@pytest.mark.parametrize("name", available())
+def test_the_smallest_profile_uses_every_bucket(name: str) -> None:
+    assert plan(Recipe.load(name, "tiny")).warnings == ()
 
 
 def test_an_unknown_accelerator_cannot_be_planned() -> None:
@@ -183,8 +209,8 @@ def recipe_sizes(recipe: Recipe, resolution: str) -> list[Size]:
 
 def trained_shares(recipe: Recipe, stage: Stage, count: int) -> dict[tuple[str, int], float]:
     """Shares of steps when clips spread evenly over the curated lengths, each huge, are bucketed for training."""
-    fps, clips = recipe.sampling.fps, recipe.curation.clips
-    rule = Bucketing(recipe.strides.pixels, fps, seed=0)
+    clips, fps = recipe.curation.clips, recipe.curation.clips.fps
+    rule = Bucketing(recipe.strides.pixels, recipe.dataset.fps_max, seed=0)
     low, high = clips.min_seconds * fps, clips.max_seconds * fps
     steps: dict[tuple[str, int], float] = {}
     for index in range(count):

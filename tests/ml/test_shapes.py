@@ -2,7 +2,7 @@
 
 import pytest
 
-from ml.shapes import Size, Strides, nearest_size, nominal_area, sizes_of
+from ml.shapes import Size, Strides, frame_interval, nearest_size, nominal_area, sizes_of
 
 FRAME = Strides("frame", spatial=8, patch=2, pads=True)
 MICRO = Strides("micro", spatial=8, patch=2, pads=True)
@@ -143,3 +143,10 @@ def test_what_is_no_resolution_is_refused() -> None:
         nominal_area("721p")
     with pytest.raises(ValueError, match="smaller than one token"):
         sizes_of("8px", 16)
+
+
+@pytest.mark.parametrize(
+    ("fps", "limit", "interval"), [(24, 24, 1), (24.02, 24, 1), (30, 24, 2), (60, 24, 3), (12, 24, 1), (48, 24, 2)]
+)
+def test_frame_rates_are_divided_down_to_the_limit(fps: float, limit: float, interval: int) -> None:
+    assert frame_interval(fps, limit) == interval

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ml.batching.video import ClipCache, DecodeError, frame_interval, read_clip, span, write_clip
+from ml.batching.video import ClipCache, DecodeError, read_clip, span, write_clip
 from ml.metrics import psnr
 from ml.shapes import Size
 
@@ -16,13 +16,6 @@ def ramp(tmp_path: Path) -> Path:
     for index in range(10):
         frames[index, :, :40] = 20 + 20 * index
     return write_clip(tmp_path / "ramp.mp4", frames, 12.0, crf=1)
-
-
-@pytest.mark.parametrize(
-    ("fps", "limit", "interval"), [(24, 24, 1), (24.02, 24, 1), (30, 24, 2), (60, 24, 3), (12, 24, 1), (48, 24, 2)]
-)
-def test_frame_rates_are_divided_down_to_the_limit(fps: float, limit: float, interval: int) -> None:
-    assert frame_interval(fps, limit) == interval
 
 
 def test_a_span_starts_at_the_beginning_or_anywhere_it_fits() -> None:
