@@ -159,10 +159,17 @@ def _check_sizes(folder: Path, text: sections.Text, context: int, pooled: int) -
 
 
 def _digest(folders: Sequence[Path], text: sections.Text) -> str:
-    """Over the bytes of every weight and tokenizer file, and the settings."""
+    """Over the bytes of every weight and tokenizer file, and the settings.
+
+    Weights are safetensors, or where there are none the pickled `.bin` that transformers then reads instead (Google's
+    T5 v1.1 XXL has only that); shards and their index count alike. A pickle that carries code is refused on loading.
+    """
+    weights = (".safetensors", ".bin")
     digest = hashlib.sha256(json.dumps(text.model_dump(mode="json"), sort_keys=True).encode())
     for folder in folders:
-        for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".txt", ".model", ".safetensors"}):
+        files = [path for path in folder.iterdir() if path.is_file()]
+        loaded = next((suffix for suffix in weights if any(path.suffix == suffix for path in files)), "")
+        for path in sorted(p for p in files if p.suffix in {".json", ".txt", ".model", loaded}):
             with path.open("rb") as stream:
                 digest.update(path.name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -58,10 +58,16 @@ def read_card(folder: Path) -> Card:
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a weights folder, on the CPU."""
+    """The tensors of a weights folder, on the CPU; raises CheckpointMismatch for a damaged file."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(folder / WEIGHTS)
+    try:
+        return load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointMismatch(
+            f"{folder / WEIGHTS} is cut short or damaged ({error}): delete {folder} and make it again, or copy it again"
+        ) from error
 
 
 def check_card(folder: Path, found: Card, wanted: Card) -> None:

@@ -1,5 +1,6 @@
 """Text encoders: the packaged MiniLM as it is, and the T5 + CLIP path on tiny models built here."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -117,6 +118,55 @@ def test_t5_clip_digest_follows_either_model(tmp_path: Path) -> None:
     before = build_text_encoder(text, tmp_path).digest
     _tiny_models(tmp_path, seed=1)
     assert build_text_encoder(text, tmp_path).digest != before
+
+
+def test_a_digest_follows_pickled_weights_and_their_shards(tmp_path: Path) -> None:
+    """Google publishes T5 v1.1 XXL as `pytorch_model.bin` alone."""
+    text = Text(kind="t5", max_tokens=6, context_dim=32, pooled_dim=0)
+    t5, _ = _tiny_models(tmp_path)
+    folder, wanted = tmp_path / T5_FOLDER, build_text_encoder(text, tmp_path).encode(["a red boat"]).context
+    (folder / "model.safetensors").unlink()
+    torch.save(t5.state_dict(), folder / "pytorch_model.bin")
+    encoder = build_text_encoder(text, tmp_path)
+    assert torch.equal(encoder.encode(["a red boat"]).context, wanted)
+    before = encoder.digest
+    other, _ = _tiny_models(tmp_path / "other", seed=1)
+    torch.save(other.state_dict(), folder / "pytorch_model.bin")
+    after = build_text_encoder(text, tmp_path).digest
+    assert before != after
+    for number in (1, 2):
+        (folder / "pytorch_model.bin").unlink(missing_ok=True)
+        torch.save({"a": number}, folder / f"pytorch_model-0000{number}-of-00002.bin")
+    sharded = encoder.digest
+    torch.save({"a": 3}, folder / "pytorch_model-00002-of-00002.bin")
+    assert len({before, after, sharded, encoder.digest}) == 4
+
+
+def test_a_pickle_beside_safetensors_is_not_loaded_and_not_counted(tmp_path: Path) -> None:
+    text = Text(kind="t5", max_tokens=6, context_dim=32, pooled_dim=0)
+    _tiny_models(tmp_path)
+    before = build_text_encoder(text, tmp_path).digest
+    (tmp_path / T5_FOLDER / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert build_text_encoder(text, tmp_path).digest == before
+
+
+def test_pickled_weights_that_carry_code_do_not_run(tmp_path: Path) -> None:
+    _tiny_models(tmp_path)
+    (tmp_path / T5_FOLDER / "model.safetensors").unlink()
+    torch.save({"a": _Trap(tmp_path / "sprung")}, tmp_path / T5_FOLDER / "pytorch_model.bin")
+    with pytest.raises(Exception, match="(?i)weights.only"):  # transformers and torch each have their own class
+        build_text_encoder(Text(kind="t5", max_tokens=6, context_dim=32, pooled_dim=0), tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+class _Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
 
 
 def test_missing_weights_say_what_is_missing(tmp_path: Path) -> None:

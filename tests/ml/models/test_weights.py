@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ml.models.weights import CARD, Card, CheckpointMismatch, Origin, check_card, load_state, read_card, save_weights
+from ml.models.weights import (
+    CARD,
+    WEIGHTS,
+    Card,
+    CheckpointMismatch,
+    Origin,
+    check_card,
+    load_state,
+    read_card,
+    save_weights,
+)
 
 LATENT = {"scale": 0.5, "mean": [], "std": []}
 TINY = Card("mmdit", {"width": 96, "axes": (4, 10, 10)}, Origin("v2_0-tiny", "stage1"), LATENT)
@@ -49,3 +59,12 @@ def test_everything_that_differs_is_named_on_both_sides(tmp_path: Path) -> None:
 
 def test_stage_and_latents_may_differ(tmp_path: Path) -> None:
     check_card(tmp_path, TINY, Card(TINY.kind, TINY.config, Origin("v2_0-tiny", "stage3"), latent=None))
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, -1])
+def test_a_damaged_file_is_named(tmp_path: Path, left: int) -> None:
+    save_weights(tmp_path, {"a": torch.arange(64.0)}, TINY)
+    content = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(content[:left])
+    with pytest.raises(CheckpointMismatch, match=r"weights\.safetensors is cut short or damaged"):
+        load_state(tmp_path)
