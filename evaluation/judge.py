@@ -134,6 +134,8 @@ def _protocol(call: Call, versions: Mapping[str, str]) -> Protocol:
         guidance_text=sampling.guidance_text,
         guidance_image=sampling.guidance_image,
         oscillate=sampling.oscillate,
+        sampling_digest=call.recipe.digest("sampling"),
+        objective_digest=call.recipe.digest("objective"),
         loss_timesteps=wanted.loss_timesteps,
         loss_clips=wanted.loss_clips,
         held_out_digest=str(_read(latents / RESULT)["data_version"]),

@@ -24,7 +24,8 @@ class ReportError(ValueError):
 class Protocol:
     """What was asked and with which tools: everything but the checkpoint that can change a metric.
 
-    Digests are 16 hex digits. `device` is a class of machine (`cpu`, or the accelerator's name), not one machine.
+    Digests are 16 hex digits; those of `sampling` and `objective` are of the recipe's whole sections, of which the fields
+    from `resolution` to `oscillate` show what a reader asks for first. `device` is a class of machine (`cpu`, or the accelerator's name), not one machine.
     """
 
     recipe: str
@@ -39,6 +40,8 @@ class Protocol:
     guidance_text: float
     guidance_image: float
     oscillate: bool
+    sampling_digest: str
+    objective_digest: str
     loss_timesteps: int
     loss_clips: int
     held_out_digest: str

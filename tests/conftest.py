@@ -71,6 +71,8 @@ def protocol() -> Protocol:
         guidance_text=3.0,
         guidance_image=3.0,
         oscillate=True,
+        sampling_digest="5" * 16,
+        objective_digest="6" * 16,
         loss_timesteps=5,
         loss_clips=16,
         held_out_digest="1" * 16,

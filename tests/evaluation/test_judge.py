@@ -1,6 +1,7 @@
 """The judging steps, end to end over hand-made folders of what the steps before leave behind."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 from evaluation.dimensions import DIMENSIONS
 from evaluation.judge import preference_report, vbench_report, write_report
 from evaluation.preference import AXES
-from evaluation.report import Report
+from evaluation.report import Report, ReportError, compare
 from evaluation.votes import Vote, append_votes, votes_file
 from infra.tracking import RunLog
 from ml.entry import Call
@@ -106,6 +107,29 @@ def test_another_checkpoint_gives_another_report(tmp_path, folders):
     after = Report.from_json((call.out / "report.json").read_text(encoding="utf-8"))
     assert after.id != Report.from_json(before).id
     assert after.protocol == Report.from_json(before).protocol
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "field"),
+    [
+        ("sampling", {"solver": "dpm_solver", "guided_channels": None}, "sampling_digest"),
+        ("sampling", {"negative_prompt": "blurry"}, "sampling_digest"),
+        ("sampling", {"score": {"style": "v1_2", "aesthetic": 6.5}}, "sampling_digest"),
+        ("objective", {"beta_end": 0.03}, "objective_digest"),
+    ],
+)
+def test_reports_of_another_way_to_sample_do_not_compare(tmp_path, folders, section, change, field):
+    """Solver, negative prompt, score words and noise schedule move a metric, though no field of its own names them."""
+    document = Recipe.load("v1_0").model_dump(mode="json")
+    changed = {**document, section: {**document[section], **change}}
+    preference_report(_call("preference_report", tmp_path, folders))
+    reports = []
+    for recipe in (Recipe.validate_document(part, "r") for part in (document, changed)):
+        call = replace(_call("report", tmp_path, folders), given_recipe=recipe)
+        write_report(call)
+        reports.append(Report.from_json((call.out / "report.json").read_text(encoding="utf-8")))
+    with pytest.raises(ReportError, match=rf"do not compare: {field} \([0-9a-f]{{16}} against [0-9a-f]{{16}}\)$"):
+        compare(*reports)
 
 
 @pytest.mark.slow
