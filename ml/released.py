@@ -4,14 +4,31 @@
 folder; its path is relative to the workspace.
 """
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from infra.registry import Imported, Registry
+from infra.storage import sha256_of
 from ml.entry import Call, CallError
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from ml.weights import Wish
+
+
+def source_fingerprint(workspace: Path, uri: str) -> str:
+    """Digest of name, size and change time of every file that released weights are read from.
+
+    Cheap enough to ask for at every look, so that a file that was replaced makes its import stale. Nothing is raised
+    for weights that are not there (yet): the import itself says so.
+    """
+    path = workspace / uri
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else _with_shards(path)
+    facts = [(file.relative_to(path.parent).as_posix(), *_size_and_time(file)) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def import_autoencoder(call: Call) -> None:
@@ -26,8 +43,9 @@ def import_autoencoder(call: Call) -> None:
 
 
 def import_transformer(call: Call) -> None:
-    """Hold what `pretrained.uri` names against the recipe's transformer and write it for the first stage to start from.
+    """Hold what `pretrained.uri` names against the recipe's transformer and write it as our weights.
 
+    The first stage starts from them; a recipe without stages samples and judges them.
     Raises CallError when it is not there, or the recipe names none; OfficialError when a name or a shape differs.
     """
     from ml.weights import Wish
@@ -36,7 +54,7 @@ def import_transformer(call: Call) -> None:
     if wanted is None:
         raise CallError(f"{call.recipe.id} has no section pretrained: its first stage starts from its seed")
     path = _there(call, "pretrained.uri", wanted.uri, "set `pretrained: null` to train from the recipe's seed")
-    _import(call, Wish(path, call.recipe, "transformer", wanted.source), wanted.uri)
+    _import(call, Wish(path, call.recipe, "transformer", wanted.source, wanted.licence, wanted.url), wanted.uri)
 
 
 def _there(call: Call, key: str, uri: str, instead: str) -> Path:
@@ -47,11 +65,56 @@ def _there(call: Call, key: str, uri: str, instead: str) -> Path:
 
 
 def _import(call: Call, wish: "Wish", uri: str) -> None:
-    from ml.weights import RECORD, check_weights, place
+    from ml.weights import check_weights, place
 
     checked = check_weights(wish)
     digest = checked.official.sha256()
     place(call.out, wish, checked, digest)
     parameters = sum(math.prod(made.header.shape) for made in checked.arrived.values())
-    facts = {"source": uri, "source_sha256": digest, "names": checked.report.counts()}
-    call.finish({"num_parameters": parameters}, facts=facts, data=["weights.safetensors", "model.json", RECORD])
+    facts = {
+        "source": uri,
+        "source_sha256": digest,
+        "licence": wish.licence,
+        "url": wish.url,
+        "layout": checked.report.source,
+        "names": checked.report.counts(),
+    }
+    if call.log.uri:
+        facts["mlflow_model"] = _recorded(call, wish, facts)
+    # Where weights come from is written in import.json; what they are is not: a licence makes no stage stale.
+    call.finish({"num_parameters": parameters}, facts=facts, data=["weights.safetensors", "model.json"])
+
+
+def _recorded(call: Call, wish: "Wish", facts: Mapping[str, Any]) -> str:
+    """The external model in MLflow that `opensora weights import` would have recorded; its id."""
+    card = json.loads((call.out / "model.json").read_text(encoding="utf-8"))
+    weights = call.out / "weights.safetensors"
+    imported = Imported(
+        name=f"opensora-{call.recipe.id}-{wish.part}",
+        weights_uri=weights.absolute().as_uri(),
+        sha256=sha256_of(weights),
+        source=wish.path.name,
+        source_sha256=facts["source_sha256"],
+        source_url=wish.url,
+        licence=wish.licence,
+        params={"kind": card["kind"], "recipe": call.recipe.id, "part": wish.part, "layout": facts["layout"]},
+    )
+    return Registry(str(call.log.uri)).record(imported)
+
+
+def _with_shards(path: Path) -> list[Path]:
+    """A file, and what it lists when it is an index of shards."""
+    if not path.name.endswith(".index.json") or not path.is_file():
+        return [path]
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return [path]  # the import says what is wrong with it
+    return [path, *sorted(path.parent / str(shard) for shard in set(shards))]
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    if not path.is_file():
+        return (0, 0)
+    stat = path.stat()
+    return (stat.st_size, stat.st_mtime_ns)

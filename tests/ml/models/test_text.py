@@ -154,7 +154,7 @@ def test_pickled_weights_that_carry_code_do_not_run(tmp_path: Path) -> None:
     _tiny_models(tmp_path)
     (tmp_path / T5_FOLDER / "model.safetensors").unlink()
     torch.save({"a": _Trap(tmp_path / "sprung")}, tmp_path / T5_FOLDER / "pytorch_model.bin")
-    with pytest.raises(Exception, match="(?i)weights.only"):  # transformers and torch each have their own class
+    with pytest.raises(Exception, match=r"(?i)weights.only"):  # transformers and torch each have their own class
         build_text_encoder(Text(kind="t5", max_tokens=6, context_dim=32, pooled_dim=0), tmp_path)
     assert not (tmp_path / "sprung").exists()
 
