@@ -19,6 +19,7 @@ def latent_steps(recipe: Recipe) -> list[Step]:
                 "text",
                 "seed",
                 "dataset.fps_max",
+                "sampling.score.style",
                 "model.kind",
                 "model.patch",
                 "model.conditioning",

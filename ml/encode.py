@@ -29,8 +29,9 @@ from ml.manifest import LATENTS, stable_id
 from ml.models.autoencoders.autoencoder import VideoAutoencoder
 from ml.models.text import TextEncoder, build_text_encoder
 from ml.models.weights import WEIGHTS
-from ml.processes import Augmentation, RectifiedFlow
+from ml.processes import Augmentation, RectifiedFlow, ScoreText
 from ml.recipe import Recipe
+from ml.score_text import with_scores
 from ml.training.networks import open_autoencoder
 
 Part = TypeVar("Part")
@@ -38,6 +39,8 @@ SHARD_ITEMS = 64
 TEXT_BATCH = 16
 # Pixels (B T H W) that go through the encoder together: enough to keep cores busy, little enough for any GPU.
 BATCH_PIXELS = 1 << 20
+# 2.0's words without its motion score, which no clip here has.
+FRAME_RATE = ScoreText(style="v2_0")
 
 
 class EncodeError(ValueError):
@@ -78,8 +81,7 @@ def encode_latents(call: Call) -> None:
     augmentation = recipe.objective.augmentation if isinstance(recipe.objective, RectifiedFlow) else None
     rows = encode_shards(call, items, clips, Encoder(autoencoder, ends, digest, augmentation, recipe.seed))
     text = build_text_encoder(recipe.text, Workspace(call.workspace).cache / "text", str(device))
-    captions = {item.clip.footage.clip_id: item.clip.caption for item in items}
-    encode_text(call.out / TEXT_FILE, text, captions)
+    encode_text(call.out / TEXT_FILE, text, captions_of(recipe, items, bucketing))
     encoders: dict[str, dict[str, object]] = {
         "autoencoder": {"kind": recipe.autoencoder.kind, "digest": digest, "latent": autoencoder.latent.model_dump()},
         "text": {"kind": recipe.text.kind, "digest": text.digest},
@@ -175,6 +177,18 @@ def encode_items(items: Iterable[Item], clips: ClipDataset, encoder: Encoder) ->
                 latents = autoencoder.encode(part).float().cpu()
             for index, item in enumerate(group):
                 yield f"{item.key}{suffix}", latents[index].contiguous().clone()
+
+
+def captions_of(recipe: Recipe, items: Iterable[Item], bucketing: Bucketing) -> dict[str, str]:
+    """What is embedded of every clip, by its id: its caption, in 2.0 with its frame rate, as prompts are written.
+
+    Rates are whole numbers (24 for 23.976): a prompt asks for no other. A clip's images share its words.
+    """
+    clips = {item.clip.footage.clip_id: item.clip for item in items}
+    if recipe.sampling.score.style != "v2_0":
+        return {clip_id: clip.caption for clip_id, clip in clips.items()}
+    rates = {clip_id: round(bucketing.rate(clip.footage)) for clip_id, clip in clips.items()}
+    return {clip_id: with_scores(clip.caption, FRAME_RATE, rates[clip_id]) for clip_id, clip in clips.items()}
 
 
 def same_shape(items: Iterable[Item]) -> Iterator[list[Item]]:

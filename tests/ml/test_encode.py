@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from ml.architectures import Latent
 from ml.batching.buckets import Bucketing
 from ml.batching.datasets import ClipDataset, LatentDataset, to_video
-from ml.encode import EncodeError, encode_latents, parts, plan_items, same_shape
+from ml.encode import EncodeError, captions_of, encode_latents, parts, plan_items, same_shape
 from ml.entry import Call
 from ml.manifest import LATENTS
 from ml.models.autoencoders.registry import build_autoencoder, load_autoencoder, save_autoencoder
 from ml.models.weights import Origin
 from ml.recipe import Recipe
+from ml.score_text import with_scores
 from ml.shapes import Size
 
 MINILM = {"kind": "minilm", "max_tokens": 12, "context_dim": 384, "pooled_dim": 384}
@@ -216,6 +217,21 @@ def test_a_damaged_copy_stands_beside_each_clip_where_the_recipe_augments(
     )
     encode_latents(plain)
     assert LatentDataset(plain.out).load([LATENTS.read(plain.out)["key"][0]]).damaged is None, "its shards are its own"
+
+
+def test_captions_of_2_0_end_with_their_clips_frame_rate(
+    make_recipe: Callable[..., Recipe], recipe: Recipe, clips: ClipDataset
+) -> None:
+    """As `ml/score_text.py` writes it in prompts, without a motion score; other generations add nothing."""
+    plain = make_recipe(sampling={"score": {"style": "none", "motion": None}})
+    items = plan_items(recipe, clips)
+    bare = captions_of(plain, items, clips.bucketing)
+    assert bare == {clip_id: clip.caption for clip_id, clip in clips.clips.items()}
+    assert captions_of(recipe, items, clips.bucketing) == {name: f"{text}. 12 FPS." for name, text in bare.items()}
+    slow = captions_of(recipe, items, replace(clips.bucketing, fps_max=5))
+    assert set(slow.values()) == {f"{text}. 4 FPS." for text in bare.values()}
+    asked = with_scores("a wave", recipe.sampling.score, recipe.sampling.fps)
+    assert asked == "a wave. 12 FPS.", "the smallest profile asks for nothing that its captions never said"
 
 
 def test_a_clip_faster_than_the_recipe_is_written_at_the_rate_that_is_left(
