@@ -1,9 +1,10 @@
-"""Training stages: one checkpoint asset per stage of the recipe, each on the one before."""
+"""Training stages: one checkpoint asset per stage of the recipe, each on the one before, or released weights alone."""
 
 from assets.steps import Entry, Function, Step
 from ml.entry import Call
 from ml.recipe import Recipe
-from ml.sections import Stage
+from ml.released import source_fingerprint
+from ml.sections import Pretrained, Stage
 
 _TRAINING = ("tier", "steps", "buckets", "conditions", "optimizer", "ema_decay", "engine")
 
@@ -13,28 +14,40 @@ def checkpoint_key(recipe: Recipe, stage: Stage) -> tuple[str, str]:
     return (recipe.name, f"dit_{stage.name}")
 
 
+def last_checkpoint_key(recipe: Recipe) -> tuple[str, str]:
+    """Asset key of what is sampled, judged and released: the last stage, or the released weights where none follows."""
+    return checkpoint_key(recipe, recipe.stages[-1]) if recipe.stages else pretrained_key(recipe)
+
+
+def pretrained_key(recipe: Recipe) -> tuple[str, str]:
+    """Asset key of the released weights that a recipe starts from."""
+    return (recipe.name, "pretrained")
+
+
 def checkpoint_steps(recipe: Recipe) -> list[Step]:
     """Released weights where the recipe starts from them, then one step per stage.
 
     Prices, hardware and published figures are not part of what a checkpoint is.
     """
-    made = [] if recipe.pretrained is None else [_pretrained(recipe)]
+    made = [] if recipe.pretrained is None else [_pretrained(recipe, recipe.pretrained)]
     for stage in recipe.stages:
         made.append(_stage(recipe, stage, made[-1].key if made else None))
     return made
 
 
-def _pretrained(recipe: Recipe) -> Step:
+def _pretrained(recipe: Recipe, wanted: Pretrained) -> Step:
+    use = "that stage 1 starts from" if recipe.stages else "as they are"
     return Step(
-        key=(recipe.name, "pretrained"),
+        key=pretrained_key(recipe),
         group="training",
-        description="Released transformer weights that stage 1 starts from, every name checked and converted.",
+        description=f"Released transformer weights {use}, every name checked and converted.",
         work=Function(_import),
         purpose="storage",
         recipe=recipe,
         reads=("seed", "model", "text", "autoencoder.net", "pretrained"),
         kinds=frozenset({"pytorch"}),
         owner="team:training",
+        fingerprint=lambda workspace, partition: source_fingerprint(workspace.root, wanted.uri),
     )
 
 

@@ -3,7 +3,7 @@
 import json
 from functools import partial
 
-from assets.checkpoints import checkpoint_key
+from assets.checkpoints import last_checkpoint_key
 from assets.steps import Function, Step
 from evaluation.gates import judge
 from evaluation.report import Report
@@ -29,7 +29,7 @@ def release_steps(recipe: Recipe, settings: Settings) -> list[Step]:
             reads=("evaluation.gate",),
             inputs={
                 "report": ((recipe.name, "report"),),
-                "checkpoint": (checkpoint_key(recipe, recipe.stages[-1]),),
+                "checkpoint": (last_checkpoint_key(recipe),),
                 "dataset": ((recipe.name, "dataset_version"),),
             },
             kinds=frozenset({"mlflow"}),

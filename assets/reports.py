@@ -1,7 +1,7 @@
 """Reports: held-out loss, VBench, human preference, and all of them under one protocol."""
 
 from assets.autoencoder import LPIPS, autoencoder_key
-from assets.checkpoints import checkpoint_key
+from assets.checkpoints import checkpoint_key, last_checkpoint_key
 from assets.steps import Entry, Function, Step
 from evaluation.judge import preference_report, write_report
 from evaluation.preference import votes_digest
@@ -16,17 +16,20 @@ def report_steps(recipe: Recipe) -> list[Step]:
 
 
 def _losses(recipe: Recipe) -> Step:
-    stages = tuple(checkpoint_key(recipe, stage) for stage in recipe.stages)
+    made = {stage.name: checkpoint_key(recipe, stage) for stage in recipe.stages}
+    made = made or {"pretrained": last_checkpoint_key(recipe)}
+    loss = "flow-matching" if recipe.objective.kind == "rectified_flow" else "noise-prediction"
+    whose = "every stage" if recipe.stages else "the released weights"
     return Step(
         key=(recipe.name, "loss_report"),
         group="judgement",
-        description="Held-out flow-matching loss of every stage beside the untrained model's, by timestep and bucket.",
+        description=f"Held-out {loss} loss of {whose} beside the untrained model's, by timestep and bucket.",
         work=Entry("ml.sample", "losses", recipe.compute.evaluate),
         purpose="eval",
         recipe=recipe,
         reads=("evaluation.loss_timesteps", "evaluation.loss_clips", "objective", "seed"),
-        inputs={"latents": ((recipe.name, "latents"),), "checkpoint": stages},
-        options={"stages": ",".join(stage.name for stage in recipe.stages)},
+        inputs={"latents": ((recipe.name, "latents"),), "checkpoint": tuple(made.values())},
+        options={"stages": ",".join(made)},
         kinds=frozenset({"pytorch"}),
         owner="team:evaluation",
     )
@@ -84,7 +87,7 @@ def _report(recipe: Recipe) -> Step:
         reads=("sampling", "compute.sample.accelerators", *(f"evaluation.{field}" for field in _PROTOCOL)),
         inputs={part: ((name, part),) for part in parts}
         | {
-            "checkpoint": (checkpoint_key(recipe, recipe.stages[-1]),),
+            "checkpoint": (last_checkpoint_key(recipe),),
             "autoencoder": (autoencoder_key(recipe),),
             "lpips": (LPIPS,),
         },

@@ -3,11 +3,13 @@
 import json
 
 from assets.autoencoder import autoencoder_key
-from assets.checkpoints import checkpoint_key
+from assets.checkpoints import last_checkpoint_key
 from assets.steps import Entry, Function, Step
 from evaluation.prompts import load
 from ml.entry import Call
 from ml.recipe import Recipe
+
+SOLVERS = {"euler": "Euler", "ddpm": "DDPM", "dpm_solver": "DPM-Solver++"}
 
 
 def sample_steps(recipe: Recipe) -> list[Step]:
@@ -24,17 +26,18 @@ def sample_steps(recipe: Recipe) -> list[Step]:
         owner="team:evaluation",
         fingerprint=lambda workspace, partition: load(recipe.evaluation.prompts).digest,
     )
+    solver = SOLVERS[recipe.sampling.solver]
     samples = Step(
         key=(recipe.name, "samples"),
         group="judgement",
-        description=f"Videos for every prompt and seed, {recipe.sampling.steps} Euler steps, guided as in the recipe.",
+        description=f"Videos for every prompt and seed, {recipe.sampling.steps} {solver} steps, guided.",
         work=Entry("ml.sample", "samples", recipe.compute.sample),
         purpose="eval",
         recipe=recipe,
         reads=("sampling", "evaluation.seeds", "text", "objective"),
         inputs={
             "prompts": (prompts.key,),
-            "checkpoint": (checkpoint_key(recipe, recipe.stages[-1]),),
+            "checkpoint": (last_checkpoint_key(recipe),),
             "autoencoder": (autoencoder_key(recipe),),
         },
         kinds=frozenset({"pytorch", "ffmpeg"}),

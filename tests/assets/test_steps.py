@@ -1,6 +1,7 @@
 """Keys and staleness: what a change makes stale, and what it leaves alone."""
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from assets.steps import Function, Made, Step, StepError, Walk
 from infra.settings import Settings
 from infra.workspace import Workspace
 from ml.entry import Call
-from ml.recipe import Recipe
+from ml.recipe import Recipe, RecipeError
 from orchestration.resources import walk_of
 
 
@@ -127,6 +128,63 @@ def test_new_footage_is_a_new_shard_and_a_changed_list_is_stale(
     assert walk.state(shots, "sample.second") == "missing"
     workspace.shard_list("sample", "film").write_text("path,source,licence,text\nc.mp4,t,CC0-1.0,\n", encoding="utf-8")
     assert walk.state(shots, "sample.film") == "stale"
+
+
+def released(document: dict[str, Any]) -> None:
+    """Start from released weights, of the transformer and of the autoencoder."""
+    document["pretrained"] = {"uri": "weights/dit.safetensors"}
+    document["autoencoder"].update(weights_uri="weights/vae", stages=[], latent={"scale": 0.5})
+
+
+def test_other_released_weights_make_the_import_and_everything_after_it_stale(
+    built: Callable[[Recipe], Walk], tiny_recipe: Recipe, workspace: Workspace
+) -> None:
+    walk = built(changed(tiny_recipe, released))
+    dit, vae = workspace.root / "weights" / "dit.safetensors", workspace.root / "weights" / "vae" / "a.pth"
+    vae.parent.mkdir(parents=True)
+    for path in (dit, vae):
+        path.write_bytes(b"weights")
+    make_all(walk)
+    assert stale(walk) == set()
+    dit.write_bytes(b"another")
+    os.utime(dit, ns=(0, dit.stat().st_mtime_ns + 1_000_000))  # a coarse clock must not hide the change
+    after = stale(walk)
+    assert {"pretrained", "dit_stage1", "dit_stage3", "samples", "loss_report", "release"} <= after
+    assert not after & {"autoencoder", "latents", "dataset_version", "reconstruction_report"}
+    vae.write_bytes(b"longer weights")
+    assert {"autoencoder", "latents", "reconstruction_report"} <= stale(walk)
+
+
+def test_a_recipe_without_stages_samples_judges_and_releases_its_pretrained_weights(
+    built: Callable[[Recipe], Walk], tiny_recipe: Recipe
+) -> None:
+    recipe = changed(tiny_recipe, lambda document: (released(document), document.update(stages=[]))[0])
+    walk = built(recipe)
+    make_all(walk)
+    assert stale(walk) == set()
+    assert not [step.name for step in walk.steps.values() if step.name.startswith("dit_")]
+    for name in ("samples", "loss_report", "report", "release"):
+        assert walk.step(("v2_0", name)).inputs["checkpoint"] == (("v2_0", "pretrained"),)
+    losses = walk.step(("v2_0", "loss_report"))
+    assert losses.options == {"stages": "pretrained"}
+    assert "of the released weights beside the untrained" in losses.description
+
+
+def test_a_recipe_needs_stages_or_pretrained_weights(tiny_recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match="give a training stage, or pretrained weights"):
+        changed(tiny_recipe, lambda document: document.update(stages=[]))
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "loss"), [("v1_0", "DDPM", "noise-prediction"), ("v2_0", "Euler", "flow-matching")]
+)
+def test_descriptions_say_what_is_solved_and_measured(
+    built: Callable[[Recipe], Walk], name: str, solver: str, loss: str
+) -> None:
+    recipe = Recipe.load(name, "tiny")
+    steps = built(recipe).steps
+    assert f"{recipe.sampling.steps} {solver} steps" in steps[name, "samples"].description
+    assert f"Held-out {loss} loss of every stage" in steps[name, "loss_report"].description
 
 
 def test_a_missing_input_is_named(built: Callable[[Recipe], Walk], tiny_recipe: Recipe) -> None:
