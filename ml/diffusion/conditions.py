@@ -77,14 +77,27 @@ class Given:
         return tuple(kept[0].nonzero().flatten().tolist())
 
 
+def given_latents(kind: Kind, causal: bool = True) -> tuple[int, int]:
+    """Latents that a kind gives at (head, tail) of any clip; raises ValueError for one that has no fixed number."""
+    if kind not in GIVEN:
+        raise ValueError(f"{kind!r} gives no fixed number of latents; these do: {', '.join(GIVEN)}")
+    head, tail = GIVEN[kind]
+    if causal or kind.startswith(("t2v", "i2v")):
+        return head, tail
+    return max(0, head - 1), max(0, tail - 1)
+
+
 def ends(kind: Kind, latent_frames: int, causal: bool = True) -> tuple[int, int]:
     """Latents given at (head, tail) of a clip, after `fitting`; raises ValueError for a kind that has no such ends."""
-    return _lengths(fitting(kind, latent_frames, causal), causal)
+    return given_latents(fitting(kind, latent_frames, causal), causal)
 
 
 def fitting(kind: Kind, latent_frames: int, causal: bool = True) -> Kind:
-    """The kind itself, or the nearest one that leaves at least one latent frame to make."""
-    while sum(_lengths(kind, causal)) >= max(latent_frames, 1):
+    """The kind itself, or the nearest one that leaves at least one latent frame to make: of training, where clips vary.
+
+    Raises ValueError for a kind that gives no fixed number of latents.
+    """
+    while sum(given_latents(kind, causal)) >= max(latent_frames, 1):
         kind = SHORTER[kind]
     return kind
 
@@ -128,13 +141,13 @@ def place(
 ) -> Tensor:
     """Condition [1,C+1,t,h,w] from encoded references [C,f,h,w]: the head's, then the tail's, as `kind` needs them.
 
-    `lengths` are the latents given at (head, tail), as `ends` has them when None (1.3 gives as many as it likes). A
-    reference longer than its place is cut: a head keeps its first latents, a tail its last. Raises ValueError when the
-    number of references is wrong, or a reference is too short, or nothing would be left to make.
+    `lengths` are the latents given at (head, tail), as `given_latents` has them of a causal autoencoder when None (1.3
+    gives as many as it likes). A reference longer than its place is cut: a head keeps its first latents, a tail its
+    last. Raises ValueError when the number of references is wrong, or a reference is too short, or nothing would be
+    left to make.
     """
     frames, height, width = grid
-    kind = fitting(kind, frames) if lengths is None else kind
-    head, tail = lengths or _lengths(kind, True)
+    head, tail = lengths or given_latents(kind)
     if head + tail >= frames > 0 and head + tail:
         raise ValueError(f"{kind} with {head} + {tail} given latents leaves nothing to make of {frames}")
     places = [(end, length) for end, length in (("head", head), ("tail", tail)) if length]
@@ -156,12 +169,3 @@ def place(
 def restore(sample: Tensor, given: Tensor) -> Tensor:
     """The sample [B,C,t,h,w] with the given latents of a condition [B,C+1,t,h,w] written over it, untouched."""
     return torch.where(given[:, :1] > 0, given[:, 1:].to(sample.dtype), sample)
-
-
-def _lengths(kind: Kind, causal: bool) -> tuple[int, int]:
-    if kind not in GIVEN:
-        raise ValueError(f"{kind!r} gives no fixed number of latents; these do: {', '.join(GIVEN)}")
-    head, tail = GIVEN[kind]
-    if causal or kind.startswith(("t2v", "i2v")):
-        return head, tail
-    return max(0, head - 1), max(0, tail - 1)

@@ -31,6 +31,9 @@ class Ends:
     tails: Tensor | None = None
 
 
+NO_ENDS = Ends()
+
+
 @dataclass(frozen=True)
 class Draw:
     """What a batch is given: fields of `Inputs`, loss weights [B,t], and samples whose text goes with it, [B] bool.
@@ -57,15 +60,14 @@ class Conditioner:
     ) -> None:
         self.conditioning, self.kinds, self.objective, self.causal = conditioning, kinds, objective, causal
 
-    def draw(self, latents: Tensor, generator: torch.Generator, ends: Ends | None = None) -> Draw:
+    def draw(self, latents: Tensor, generator: torch.Generator, ends: Ends = NO_ENDS) -> Draw:
         """For a batch of latents [B,C,t,h,w], on their device; a batch that is given nothing has an empty draw."""
         if self.conditioning == "none" or set(self.kinds) == {"t2v"}:
             return Draw()
         if self.conditioning == "mask":
             return self._mask(latents, generator)
         if self.conditioning == "embed":
-            return self._embed(latents, generator)
-        ends = ends or Ends()
+            return self._embed(latents, generator, ends)
         drawn = conditions.draw(self.kinds, len(latents), generator)
         return Draw(condition=conditions.condition(latents, drawn, ends.heads, ends.tails, self.causal))
 
@@ -74,14 +76,14 @@ class Conditioner:
         active = ~torch.stack(rows).to(latents.device)
         return Draw(active=active, weights=active.float())
 
-    def _embed(self, latents: Tensor, generator: torch.Generator) -> Draw:
+    def _embed(self, latents: Tensor, generator: torch.Generator, ends: Ends) -> Draw:
         """One kind for the whole batch, as the network is told one list of frames; drops are drawn sample by sample."""
         kind, indices = draw_given(self.kinds, latents.shape[2], generator)
         if not indices or not isinstance(self.objective, processes.RectifiedFlow):
             return Draw()
         given = torch.zeros(len(latents), latents.shape[2], dtype=torch.bool, device=latents.device)
         given[:, list(indices)] = True
-        shown = latents
+        shown = _with_pictures(latents, indices, ends) if kind.startswith("i2v") else latents
         if kind == "v2v_head_noisy":
             shown = _with_noise(latents, self.objective.condition_noise, generator)
         drop_text, drop_given = _drops(self.objective.drop_given, len(latents), generator)
@@ -148,6 +150,16 @@ def _drops(section: processes.DropGiven | None, count: int, generator: torch.Gen
     shares = torch.tensor([section.nothing, section.text, section.given, section.both], device=generator.device)
     drawn = torch.multinomial(shares, count, replacement=True, generator=generator).cpu()
     return (drawn == 1) | (drawn == 3), drawn >= 2
+
+
+def _with_pictures(latents: Tensor, indices: tuple[int, ...], ends: Ends) -> Tensor:
+    """Given first and last latents as pictures encoded alone, which is what a person gives at sampling time."""
+    shown = latents.clone()
+    if ends.heads is not None and 0 in indices:
+        shown[:, :, :1] = ends.heads.to(latents)
+    if ends.tails is not None and latents.shape[2] - 1 in indices:
+        shown[:, :, -1:] = ends.tails.to(latents)
+    return shown
 
 
 def _with_noise(latents: Tensor, strengths: tuple[float, float], generator: torch.Generator) -> Tensor:

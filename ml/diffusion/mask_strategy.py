@@ -10,7 +10,7 @@ Letters: C latent channels, t h w latent grid, f latent frames of a reference.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class MaskStrategyError(ValueError):
 class Placement:
     """One group: `length` latents of a reference, from its `reference_start`, stand at `target_start` of a loop.
 
-    `edit_ratio` 0 keeps them, 1 makes them anew.
+    `edit_ratio` 0 keeps them, 1 makes them anew. A group that `selects` says which part of its reference it takes; one
+    that does not (`0`, `0,1`) takes a picture, or a video no longer than the clip.
     """
 
     loop: int = 0
@@ -36,6 +37,7 @@ class Placement:
     target_start: int = 0
     length: int = 1
     edit_ratio: float = 0.0
+    selects: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,40 @@ class Wish:
 def parse(strategy: str) -> tuple[Placement, ...]:
     """The groups of a strategy, none for an empty one; raises MaskStrategyError for unknown syntax."""
     return tuple(_placement(group) for group in strategy.split(";")) if strategy else ()
+
+
+def check(placements: Sequence[Placement], loops: int, num_references: int) -> None:
+    """Raise MaskStrategyError for a group of a loop or reference that there is not, and a reference of no group."""
+    late = [group.loop for group in placements if group.loop >= loops]
+    if late:
+        raise MaskStrategyError(
+            f"mask strategy places a reference in loop {late[0]} of {loops} (counted from 0): raise sampling.loops, or "
+            "leave the group out"
+        )
+    used = {group.reference for group in placements}
+    for number in sorted(used):
+        if number >= num_references:
+            raise MaskStrategyError(f"mask strategy asks for reference {number}, {num_references} were given")
+    unused = [number for number in range(num_references) if number not in used]
+    if unused:
+        raise MaskStrategyError(
+            f"no group of the mask strategy places reference {unused[0]} of {num_references} (counted from 0): give it "
+            "a group, or leave it out"
+        )
+
+
+def latents_used(placements: Sequence[Placement], reference: int, clip: int, align: int | None) -> int | None:
+    """How many latents from its start a reference has to be read to for a clip of `clip` latents; None = to its end.
+
+    A start that counts from the end needs all of it. A group that selects nothing needs one latent more than the clip
+    has, which shows that the reference is too long.
+    """
+    groups = [group for group in placements if group.reference == reference]
+    if any(group.reference_start < 0 for group in groups):
+        return None
+    # An aligned start moves up by half of `align` at most, and only where a whole `align` follows it.
+    room = 2 * (align or 0)
+    return max(g.reference_start + min(g.length, clip) + room if g.selects else clip + 1 for g in groups)
 
 
 def split_tail(prompt: str) -> Wish:
@@ -99,7 +135,8 @@ def apply(
 
     Starts are rounded to multiples of `align` (5 in 1.2: what the autoencoder decodes together). What runs over the end
     of the clip or of the reference is cut. Raises MaskStrategyError for a reference that was not given, a start outside
-    the clip or the reference, a length above the clip's, and a reference of another size.
+    the clip or the reference, a length above the clip's, a reference of another size, and one longer than the clip of
+    which no part is selected.
     """
     placed, mask = latent.clone(), torch.ones(latent.shape[1], device=latent.device)
     for group in placements:
@@ -128,6 +165,8 @@ def _placement(group: str) -> Placement:
     fields = group.split(",")
     if len(fields) > len(DEFAULTS):
         raise MaskStrategyError(f"mask strategy {group!r} has {len(fields)} fields: there are {len(DEFAULTS)}")
+    # From the third field on a group says which part of its reference it takes.
+    selects = len(fields) > 2
     fields = [*fields, *DEFAULTS[len(fields) :]]
     try:
         loop, reference, reference_start, target_start, length = (int(field) for field in fields[:5])
@@ -140,7 +179,7 @@ def _placement(group: str) -> Placement:
         raise MaskStrategyError(
             f"mask strategy {group!r}: loop and reference count from 0, length from 1, edit_ratio lies in 0..1"
         )
-    return Placement(loop, reference, reference_start, target_start, length, edit_ratio)
+    return Placement(loop, reference, reference_start, target_start, length, edit_ratio, selects)
 
 
 def _reference(latent: Tensor, references: Sequence[Tensor], group: Placement) -> Tensor:
@@ -151,6 +190,11 @@ def _reference(latent: Tensor, references: Sequence[Tensor], group: Placement) -
     reference = references[group.reference]
     if (reference.shape[0], *reference.shape[2:]) != (latent.shape[0], *latent.shape[2:]):
         raise MaskStrategyError(f"reference {tuple(reference.shape)} does not fit the clip's {tuple(latent.shape)}")
+    if not group.selects and reference.shape[1] > latent.shape[1]:
+        raise MaskStrategyError(
+            f"reference {group.reference} has {reference.shape[1]} latent frames or more, the clip {latent.shape[1]}: "
+            "cut it, sample more frames, or select a part of it with loop,reference,reference_start,target_start,length"
+        )
     return reference
 
 

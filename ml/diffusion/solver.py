@@ -64,9 +64,8 @@ def solve(velocity: Velocity, start: Tensor, grid: Tensor, progress: Progress | 
 class Sampler:
     """How clips of one shape are sampled: solver, times, guidance, and what their `kind` is given.
 
-    `kind` is the section's when None; fit kinds of 2.0 to short clips first (`conditions.fitting`). `evaluations`
-    counts the network's rows for one clip, `shift` how far its times are shifted. Raises ValueError when the solver is
-    not the objective's, or there are more steps than were trained.
+    `kind` is the section's when None. `evaluations` counts the network's rows for one clip, `shift` how far its times
+    are shifted. Raises ValueError when the solver is not the objective's, or there are more steps than were trained.
     """
 
     def __init__(

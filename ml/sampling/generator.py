@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ml.architectures import MMDiT
 from ml.aspects import ASPECT_RATIOS
 from ml.batching.datasets import to_frames
 from ml.batching.video import Frames
 from ml.diffusion import guidance, mask_strategy, solver
-from ml.diffusion.conditions import Given, Kind, fitting
+from ml.diffusion.conditions import Given, Kind
 from ml.diffusion.timesteps import Shape
 from ml.models.autoencoders.autoencoder import VideoAutoencoder
 from ml.models.inputs import Inputs, Text, denoise
@@ -49,22 +50,22 @@ class Generator:
     @cached_property
     def plan(self) -> solver.Sampler:
         """The plan of the recipe's own kind, for its figures."""
-        return self._sampler(self._kind(self.sampling.condition))
+        return self._sampler(self.sampling.condition)
 
     @torch.inference_mode()
     def videos(self, request: Request, seeds: Sequence[int]) -> list[Frames]:
         """One clip [T,H,W,3] uint8 for each seed.
 
-        Raises RequestError when the network takes no such references, MaskStrategyError for a strategy that cannot be
-        followed, ValueError for references that are too few or too short.
+        Raises RequestError when the network takes no such references or they are longer than the clip,
+        MaskStrategyError for a strategy that cannot be followed, ValueError for references that are too few or short.
         """
         placements = self._placements(request)
-        references = [self._reference(path) for path in request.references]
+        references = [self._reference(path, number, placements) for number, path in enumerate(request.references)]
         own = [list(references) for _ in seeds]
         fresh = solver.Noise(self.grid, seeds, self.device)
         film: Tensor | None = None
         for loop in range(self.sampling.loops):
-            if film is not None:
+            if film is not None and self.shared_frames:
                 placements = (*placements, self._continue(own, film, loop))
             given = self._given(request, own, placements, loop)
             kind = given.kind if given is not None else "t2v"
@@ -92,11 +93,15 @@ class Generator:
     def _sampler(self, kind: Kind) -> solver.Sampler:
         tokens = self.recipe.strides.tokens(self.size, 1)
         shape = Shape(self.sampling.frames, self.size.height, self.size.width, self.grid[1], tokens)
-        return solver.Sampler(self.recipe.objective, self.sampling, shape, kind)
+        # A guidance-distilled network is told the scale and needs no second row.
+        alone = {} if self._distilled is None else {"guidance_text": 1.0, "guidance_image": 1.0}
+        return solver.Sampler(self.recipe.objective, self.sampling.model_copy(update=alone), shape, kind)
 
-    def _kind(self, kind: Kind) -> Kind:
-        fixed = self.recipe.model.conditioning in ("channels", "embed") and kind != "mask"
-        return fitting(kind, self.grid[1], self._causal) if fixed else kind
+    @property
+    def _distilled(self) -> float | None:
+        """The scale that a guidance-distilled network is told; None for any other."""
+        model = self.recipe.model
+        return self.sampling.guidance_text if isinstance(model, MMDiT) and model.guidance_embed else None
 
     @property
     def _causal(self) -> bool:
@@ -114,19 +119,28 @@ class Generator:
             )
         if conditioning == "none" and request.references:
             raise RequestError(f"{self.recipe.name} makes whole clips only: it takes no references")
-        return mask_strategy.parse(request.mask_strategy)
+        placements = mask_strategy.parse(request.mask_strategy)
+        if masks:
+            mask_strategy.check(placements, self.sampling.loops, len(request.references))
+        return placements
 
     def _by_strategy(self, request: Request) -> bool:
         """Whether references are placed by a mask strategy: always in 1.1 and 1.2, by condition `mask` in 1.3."""
         conditioning, kind = self.recipe.model.conditioning, request.condition or self.sampling.condition
         return conditioning == "mask" or (conditioning == "embed" and kind == "mask")
 
-    def _reference(self, path: Path) -> Tensor:
-        return encode_reference(path, self.size, self.recipe.strides, self.networks.autoencoder)
+    def _reference(self, path: Path, number: int, placements: Sequence[mask_strategy.Placement]) -> Tensor:
+        """As much of a reference as can be used, and one latent more to tell that it is too long."""
+        clip, align = self.grid[1], self.sampling.align
+        used = mask_strategy.latents_used(placements, number, clip, align) if placements else clip + 1
+        return encode_reference(path, self.size, self.recipe.strides, self.networks.autoencoder, used)
 
     def _continue(self, own: list[list[Tensor]], film: Tensor, loop: int) -> mask_strategy.Placement:
-        """Let a loop start with the last latents of the film so far, encoded again, as the original does (1.1, 1.2)."""
-        tail = encode_video(film[:, :, -self.sampling.frames :], self.networks.autoencoder)
+        """Let a loop start with the film's last latents, encoded again, as the original does (1.1, 1.2).
+
+        The shared frames are encoded alone, so that what is given is exactly what the film ends with.
+        """
+        tail = encode_video(film[:, :, -self.shared_frames :], self.networks.autoencoder)
         for references, latent in zip(own, tail, strict=True):
             references.append(latent)
         return mask_strategy.continuation(len(own[0]) - 1, loop, self.sampling.loop_latents)
@@ -140,7 +154,7 @@ class Generator:
     ) -> Given | None:
         if self.recipe.model.conditioning == "none" or self._by_strategy(request):
             return given_by_strategy(self.grid, own, placements, loop, self.sampling.align)
-        kind = self._kind(request.condition or self.sampling.condition)
+        kind = request.condition or self.sampling.condition
         if kind == "t2v":
             if request.references:
                 raise RequestError(
@@ -161,6 +175,7 @@ class Generator:
             width=self.size.width,
             frames=self.sampling.frames,
             fps=torch.full((count,), float(self.sampling.fps), device=self.device),
+            guidance=self._distilled,
         )
         return inputs, replace(inputs, text=guidance.null_text(text, own, negative).expand(count))
 

@@ -4,27 +4,38 @@ Letters: B batch, C latent channels, t h w latent grid, f latent frames of a ref
 """
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ml.batching.datasets import to_video
-from ml.batching.video import read_clip
+from ml.batching.video import DecodeError, Frames, read_clip
 from ml.diffusion import conditions, mask_strategy
 from ml.diffusion.conditions import Given, Kind
 from ml.models.autoencoders.autoencoder import VideoAutoencoder
-from ml.shapes import Size, Strides
+from ml.sampling.requests import RequestError
+from ml.shapes import MICRO_FRAMES, Size, Strides
 
 
-def encode_reference(path: Path, size: Size, strides: Strides, autoencoder: VideoAutoencoder) -> Tensor:
+def encode_reference(
+    path: Path, size: Size, strides: Strides, autoencoder: VideoAutoencoder, latents: int | None = None
+) -> Tensor:
     """A picture, or the longest part of a video from its start that can be encoded: [C,f,h,w].
 
-    Raises DecodeError for a file that cannot be read.
+    Nothing is decoded beyond the frames of the first `latents` latent frames, and of those that are encoded together
+    with them; None reads to the end. Raises DecodeError for a file that cannot be read.
     """
-    frames = read_clip(path, None, size)
+    frames = _read(path, size, None if latents is None else frames_of(strides, latents))
     longest = next(count for count in range(len(frames), 0, -1) if strides.encodes(count))
     return encode_video(to_video([frames[:longest]]), autoencoder)[0]
+
+
+def frames_of(strides: Strides, latents: int) -> int:
+    """The fewest frames that have so many latents at least: in whole parts, where an autoencoder encodes in parts."""
+    whole = MICRO_FRAMES if strides.law == "micro" else 1
+    return next(n for n in count(whole, whole) if strides.encodes(n) and strides.latent_frames(n) >= latents)
 
 
 @torch.inference_mode()
@@ -38,10 +49,23 @@ def given_by_kind(references: Sequence[Tensor], kind: Kind, grid: tuple[int, int
     """References [C,f,h,w] at the head, the tail or both, as a kind of 1.3 or 2.0 has it.
 
     A picture stands for a reference of a picture kind: its first latent at the head, its last at the tail. Raises
-    ValueError when the number of references is wrong or one is too short.
+    RequestError for a kind that gives more than the clip has, and a reference longer than the clip; ValueError when the
+    number of references is wrong, one is too short, or the kind is unknown.
     """
-    kind = conditions.fitting(kind, grid[0], causal)
-    return Given.of(conditions.place(references, kind, grid, conditions.ends(kind, grid[0], causal)), kind)
+    lengths, frames = conditions.given_latents(kind, causal), grid[0]
+    if sum(lengths) >= frames:
+        shorter = conditions.fitting(kind, frames, causal)
+        raise RequestError(
+            f"{kind} gives {sum(lengths)} latent frames, the clip has {frames}: nothing is left to make; sample more "
+            f"frames, or {shorter}"
+        )
+    for number, reference in enumerate(references):
+        if reference.shape[1] > frames:
+            raise RequestError(
+                f"reference {number} has {reference.shape[1]} latent frames or more, the clip {frames}: cut the video, "
+                "or sample more frames"
+            )
+    return Given.of(conditions.place(references, kind, grid, lengths), kind)
 
 
 def given_by_strategy(
@@ -60,3 +84,14 @@ def given_by_strategy(
     empty = torch.zeros(shape)
     parts = [mask_strategy.apply(empty, own, placements, loop, align) for own in references]
     return Given(torch.stack([latent for latent, _ in parts]), torch.stack([mask for _, mask in parts]), "mask")
+
+
+def _read(path: Path, size: Size, most: int | None) -> Frames:
+    """The first `most` frames of a file, or all of them where it has fewer."""
+    if most is not None:
+        try:
+            return read_clip(path, range(most), size)
+        except DecodeError:
+            # It may only be shorter than that, and is then read whole; a broken file fails again.
+            pass
+    return read_clip(path, None, size)

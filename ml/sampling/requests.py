@@ -37,6 +37,7 @@ class Request:
         fields = {"prompt": entry} if isinstance(entry, str) else entry
         if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str) or set(fields) - set(FIELDS):
             raise RequestError(f"a prompt is a text, or a mapping with {', '.join(FIELDS)}; got {entry!r}")
+        _check_types(fields)
         wish = split_tail(fields["prompt"])
         named = wish.references if wish.references is not None else tuple(fields.get("references", ()))
         found = tuple(folder / name for name in named)
@@ -56,3 +57,15 @@ def read_requests(path: Path) -> list[Request]:
     if not entries or not isinstance(entries, list):
         raise RequestError(f"{path} must hold a JSON list of prompts, each a text or a mapping")
     return [Request.of(entry, path.parent) for entry in entries]
+
+
+def _check_types(fields: dict[str, Any]) -> None:
+    """Raise RequestError for a field that is of another type than its own."""
+    references, where = fields.get("references", ()), f"prompt {fields['prompt']!r}"
+    if not isinstance(references, list | tuple) or not all(isinstance(name, str) for name in references):
+        raise RequestError(f"{where}: references is a list of file names, got {references!r}")
+    strategy, condition = fields.get("mask_strategy", ""), fields.get("condition")
+    if not isinstance(strategy, str):
+        raise RequestError(f"{where}: mask_strategy is a text such as '0;0,1,0,-1,1', got {strategy!r}")
+    if not isinstance(condition, str | None):
+        raise RequestError(f"{where}: condition is a text such as 'i2v_head', got {condition!r}")

@@ -102,6 +102,8 @@ def test_references_that_do_not_fit_are_refused() -> None:
         conditions.place([], "t2v", (5, 2, 2))
     with pytest.raises(ValueError, match="leaves nothing to make of 5"):
         conditions.place([picture.expand(-1, 5, -1, -1)], "v2v_head", (5, 2, 2), (5, 0))
+    with pytest.raises(ValueError, match=r"v2v_head with 9 \+ 0 given latents leaves nothing to make of 5"):
+        conditions.place([picture.expand(-1, 9, -1, -1)], "v2v_head", (5, 2, 2))
     with pytest.raises(ValueError, match="gives no fixed number"):
         conditions.ends("other", 5)
 

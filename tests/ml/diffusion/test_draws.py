@@ -127,6 +127,24 @@ def test_1_3_shows_given_latents_weighs_them_and_drops_text_or_latents() -> None
     assert drawn.weights[0].tolist() == pytest.approx([0.1, *[4.9 / 4] * 4])
 
 
+def test_1_3_is_given_pictures_encoded_alone() -> None:
+    """i2v kinds show the first and last frame as a person gives them; v2v kinds show the clip's own latents."""
+    latents, heads, tails = torch.randn(3, 4, 5, 2, 2), torch.randn(3, 4, 1, 2, 2), torch.randn(3, 4, 1, 2, 2)
+    plain = V1_3.model_copy(update={"drop_given": None})
+    shown = {}
+    for kind in ("i2v_head", "i2v_tail", "i2v_loop", "v2v_head"):
+        condition = Conditioner("embed", {kind: 1.0}, plain).draw(latents, _generator(), Ends(heads, tails)).condition
+        assert condition is not None
+        shown[kind] = condition[:, 1:]
+    for kind, first, last in (("i2v_head", True, False), ("i2v_tail", False, True), ("i2v_loop", True, True)):
+        assert torch.equal(shown[kind][:, :, :1], heads if first else torch.zeros_like(heads))
+        assert torch.equal(shown[kind][:, :, -1:], tails if last else torch.zeros_like(tails))
+    assert torch.equal(shown["v2v_head"][:, :, :2], latents[:, :, :2])
+    alone = Conditioner("embed", {"i2v_head": 1.0}, plain).draw(latents, _generator()).condition
+    assert alone is not None
+    assert torch.equal(alone[:, 1:, 0], latents[:, :, 0])
+
+
 def test_noisy_references_of_1_3_have_a_tenth_to_three_tenths_of_noise() -> None:
     latents = torch.zeros(1, 8, 6, 16, 16)
     plain = V1_3.model_copy(update={"drop_given": None})

@@ -86,6 +86,51 @@ def test_what_cannot_be_placed_is_refused(strategy: str, message: str) -> None:
         mask_strategy.apply(torch.zeros(4, 10, 2, 2), [torch.zeros(4, 6, 3, 2)], [Placement()])
 
 
+def test_a_long_video_is_placed_only_where_a_part_is_selected() -> None:
+    film, clip = torch.randn(4, 12, 2, 2), torch.zeros(4, 10, 2, 2)
+    for strategy in ("0", "0,0"):
+        with pytest.raises(MaskStrategyError, match="reference 0 has 12 latent frames or more, the clip 10: cut it"):
+            mask_strategy.apply(clip, [film], mask_strategy.parse(strategy))
+        assert mask_strategy.apply(clip, [film[:, :10]], mask_strategy.parse(strategy))[1].tolist() == [0] + [1] * 9
+    latent, _ = mask_strategy.apply(clip, [film], mask_strategy.parse("0,0,11;0,0,0,1,2"))
+    assert torch.equal(latent[:, :3], film[:, [11, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "loops", "references", "message"),
+    [
+        ("0;2", 2, 1, r"in loop 2 of 2 \(counted from 0\): raise sampling.loops"),
+        ("0,1", 1, 1, "asks for reference 1, 1 were given"),
+        ("1,1", 2, 1, "asks for reference 1, 1 were given"),
+        ("0;0,2,0,-1", 1, 3, "places reference 1 of 3"),
+        ("", 1, 1, "places reference 0 of 1"),
+    ],
+)
+def test_nothing_that_was_given_is_dropped(strategy: str, loops: int, references: int, message: str) -> None:
+    with pytest.raises(MaskStrategyError, match=message):
+        mask_strategy.check(mask_strategy.parse(strategy), loops, references)
+    mask_strategy.check(mask_strategy.parse("0;1,1"), 2, 2)
+    mask_strategy.check((), 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "align", "used"),
+    [("0", None, 11), ("0,0,4,0,3", None, 7), ("0,0,4,0,3", 5, 17), ("0,0,-1", None, None), ("0,0,2;0", None, 11)],
+)
+def test_how_far_a_reference_is_read(strategy: str, align: int | None, used: int | None) -> None:
+    """To the end of what is placed; one latent more than the clip's 10 where nothing is selected."""
+    assert mask_strategy.latents_used(mask_strategy.parse(strategy), 0, 10, align) == used
+
+
+@pytest.mark.parametrize("start", range(12))
+def test_an_aligned_start_is_the_same_in_as_much_as_is_read(start: int) -> None:
+    film, clip = torch.randn(1, 60, 1, 1), torch.zeros(1, 10, 1, 1)
+    groups = mask_strategy.parse(f"0,0,{start},0,4")
+    used = mask_strategy.latents_used(groups, 0, 10, 5)
+    whole, read = (mask_strategy.apply(clip, [part], groups, 0, 5)[0] for part in (film, film[:, :used]))
+    assert torch.equal(whole, read)
+
+
 def test_loops_continue_each_other() -> None:
     """Loop 1 starts with the last 5 latents of loop 0; three clips of 51 frames that share 17 make 119."""
     made = torch.randn(4, 15, 2, 2)

@@ -215,7 +215,7 @@ def test_strategy_0_keeps_the_first_latent(generation: MakeRecipe, picture: Path
 
 
 def test_strategies_connect_two_pictures_and_edit(generation: MakeRecipe, picture: Path) -> None:
-    made = Kept(generation("v1_2", sampling={"align": None, "frames": 17}))
+    made = Kept(generation("v1_2", sampling={"align": None, "frames": 17, "steps": 8}))
     made.videos(Request("a red wave", (picture, picture), mask_strategy="0;0,1,0,-1,1"), [0])
     wanted = reference(made, picture)[:, 0]
     for place in (0, -1):
@@ -254,6 +254,14 @@ def test_starts_are_aligned_to_what_is_decoded_together(generation: MakeRecipe, 
         ("v2_0", {"references": 1}, RequestError, "the kind is t2v"),
         ("v2_0", {"condition": "i2v_head"}, ValueError, "takes 1 references, got 0"),
         ("v2_0", {"references": 2, "condition": "i2v_head"}, ValueError, "takes 1 references, got 2"),
+        (
+            "v2_0",
+            {"references": 1, "condition": "i2v_loop"},
+            RequestError,
+            "i2v_loop gives 2 latent frames, the clip has 2",
+        ),
+        ("v1_2", {"references": 2, "mask_strategy": "0"}, MaskStrategyError, "no group .* places reference 1 of 2"),
+        ("v1_2", {"references": 1, "mask_strategy": "0;1"}, MaskStrategyError, "a reference in loop 1 of 1"),
         ("v2_0", {"references": 1, "condition": "inpaint"}, ValueError, "gives no fixed number of latents"),
     ],
 )
@@ -272,6 +280,65 @@ def test_a_video_shorter_than_its_kind_is_refused(
     made = Kept(generation("v2_0", sampling={"frames": 41}))
     with pytest.raises(ValueError, match="v2v_head needs 9 latents at the head, the reference has 2"):
         made.videos(Request("a red wave", (short,), "v2v_head"), [0])
+
+
+def test_a_kind_that_the_clip_has_no_room_for_is_refused_not_replaced(
+    generation: MakeRecipe, tmp_path: Path, make_video: Callable[..., Path]
+) -> None:
+    film = make_video(tmp_path / "film.mp4", 33, (96, 160))
+    for name in ("v1_3", "v2_0"):
+        made = Kept(generation(name, sampling={"frames": 17, "condition": "v2v_head"}))
+        with pytest.raises(RequestError, match=r"v2v_head gives 9 latent frames, the clip has 5: .* or i2v_head"):
+            made.videos(Request("a red wave", (film,)), [0])
+        assert not made.latents
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "problem"),
+    [
+        ("v2_0", {"condition": "i2v_head"}, "reference 0 has 3 latent frames or more, the clip 2"),
+        ("v1_2", {"mask_strategy": "0"}, "reference 0 has 5 latent frames or more, the clip 2"),
+        ("v1_1", {"mask_strategy": "0,0"}, "reference 0 has 5 latent frames or more, the clip 4"),
+    ],
+)
+def test_a_video_longer_than_the_clip_is_refused(
+    generation: MakeRecipe,
+    tmp_path: Path,
+    make_video: Callable[..., Path],
+    name: str,
+    asked: dict[str, Any],
+    problem: str,
+) -> None:
+    film = make_video(tmp_path / "film.mp4", 60, (96, 160))
+    with pytest.raises((RequestError, MaskStrategyError), match=problem):
+        Kept(generation(name)).videos(Request("a red wave", (film,), **asked), [0])
+
+
+@pytest.mark.parametrize(("strategy", "first"), [("0,0,6,0,1", 6), ("0,0,-1,0,1", -1), ("0,0,0,0,1", 0)])
+def test_a_strategy_may_select_a_part_of_a_longer_video(
+    generation: MakeRecipe, tmp_path: Path, make_video: Callable[..., Path], strategy: str, first: int
+) -> None:
+    """A part near the start is the same whether the rest of the film is read or not."""
+    film = make_video(tmp_path / "film.mp4", 51, (96, 160))
+    made = Kept(generation("v1_2", sampling={"align": None}))
+    made.videos(Request("a red wave", (film,), mask_strategy=strategy), [0])
+    torch.testing.assert_close(made.latents[0][0, :, 0], reference(made, film)[:, first])
+
+
+# --- guidance-distilled networks ----------------------------------------------------------------------------------
+
+
+def test_a_distilled_network_is_told_its_guidance_and_asked_once_a_step(make_recipe: MakeRecipe) -> None:
+    """As Flux: the scale is an input, and no row without the prompt is evaluated."""
+    results = {}
+    for scale in (4.0, 1.5):
+        plain = make_recipe(sampling={"guidance_text": scale})
+        recipe = plain.model_copy(update={"model": plain.model.model_copy(update={"guidance_embed": True})})
+        made = Kept(recipe)
+        made.videos(Request("a red wave"), [0])
+        assert made.plan.evaluations == recipe.sampling.steps
+        results[scale] = made.latents[0]
+    assert not torch.equal(results[4.0], results[1.5])
 
 
 # --- loops --------------------------------------------------------------------------------------------------------
@@ -305,6 +372,18 @@ def test_a_loop_starts_with_the_last_latents_of_the_film_so_far(generation: Make
     torch.testing.assert_close(second[:, :, :5], wanted, rtol=1e-4, atol=1e-4)
     assert [len(clip) for clip in first] == [51, 51]
     assert [prompt.split(" aesthetic")[0] for prompt in made.asked] == ["a red wave", "a quiet sea"]
+
+
+def test_what_a_loop_is_given_is_what_the_film_ends_with(generation: MakeRecipe) -> None:
+    """20 frames are 5 + 1 latents, which no multiple of 5 ends: the last 17 frames are given all the same."""
+    made = Kept(generation("v1_2", sampling={"frames": 20, "loops": 2, "loop_latents": 5, "align": 5}))
+    (clip,) = made.videos(Request("a red wave"), [0])
+    autoencoder = made.networks.autoencoder
+    film = type(autoencoder).decode(autoencoder, made.latents[0], 20)
+    with torch.inference_mode():
+        wanted = autoencoder.encode(film[:, :, 3:])
+    torch.testing.assert_close(made.latents[1][:, :, :5], wanted, rtol=1e-4, atol=1e-4)
+    assert len(clip) == 23
 
 
 # --- sizes --------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from ml.batching.video import DecodeError, read_clip
 from ml.diffusion.mask_strategy import MaskStrategyError, Placement, parse
 from ml.models.autoencoders.registry import build_autoencoder
 from ml.recipe import Recipe
-from ml.sampling.references import encode_reference, encode_video, given_by_kind, given_by_strategy
-from ml.shapes import Size
+from ml.sampling.references import encode_reference, encode_video, frames_of, given_by_kind, given_by_strategy
+from ml.sampling.requests import RequestError
+from ml.shapes import Size, Strides
 
 SIZE, GRID = Size(48, 80), (4, 3, 6, 10)
 
@@ -79,9 +80,36 @@ def test_kinds_put_references_at_the_ends() -> None:
     assert torch.equal(both.condition[0, 0, :, 0, 0], torch.tensor([1.0, 0, 1]))
 
 
-def test_a_kind_too_long_for_the_clip_becomes_a_shorter_one() -> None:
-    """33 frames are 9 latents: a clip of 3 takes a picture instead; a clip of 12 takes them."""
-    assert given_by_kind([latents(9, 0)], "v2v_head", GRID[1:], causal=True).kind == "i2v_head"
+@pytest.mark.parametrize(
+    ("law", "latents", "frames"),
+    [("frame", 4, 4), ("causal", 6, 21), ("group", 5, 20), ("window", 6, 33), ("micro", 1, 17), ("micro", 6, 34)],
+)
+def test_latents_need_so_many_frames(law: Any, latents: int, frames: int) -> None:
+    """1.2 encodes 17 frames together: a part of them would be padded and encoded otherwise."""
+    assert frames_of(Strides(law, 8, 2), latents) == frames
+
+
+def test_a_film_is_decoded_no_further_than_it_is_used(
+    mini: Recipe, autoencoder: Any, tmp_path: Path, make_video: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video(tmp_path / "film.mp4", 60, (96, 160))
+    read: list[int] = []
+
+    def watched(*arguments: Any) -> Any:
+        frames = read_clip(*arguments)
+        read.append(len(frames))
+        return frames
+
+    monkeypatch.setattr("ml.sampling.references.read_clip", watched)
+    assert encode_reference(path, SIZE, mini.strides, autoencoder, 4).shape == (4, 4, 6, 10)
+    assert read == [13]
+    assert encode_reference(path, SIZE, mini.strides, autoencoder, 99).shape[1] == 15
+
+
+def test_a_kind_too_long_for_the_clip_is_refused() -> None:
+    """33 frames are 9 latents: a clip of 3 has no room for them; a clip of 12 takes them."""
+    with pytest.raises(RequestError, match=r"v2v_head gives 9 latent frames, the clip has 3: .* or i2v_head"):
+        given_by_kind([latents(9, 0)], "v2v_head", GRID[1:], causal=True)
     long = given_by_kind([latents(9, 0)], "v2v_head", (12, 6, 10), causal=True)
     assert (long.kind, long.indices) == ("v2v_head", tuple(range(9)))
     grouped = given_by_kind([latents(8, 0)], "v2v_head", (12, 6, 10), causal=False)
@@ -96,6 +124,7 @@ def test_a_kind_too_long_for_the_clip_becomes_a_shorter_one() -> None:
         ([latents(1, 0)] * 2, "i2v_tail", GRID[1:], "takes 1 references, got 2"),
         ([latents(4, 0)], "v2v_head", (12, 6, 10), "needs 9 latents at the head, the reference has 4"),
         ([latents(4, 0)], "v2v_tail", (12, 6, 10), "needs 9 latents at the tail, the reference has 4"),
+        ([latents(4, 0)], "i2v_head", GRID[1:], "reference 0 has 4 latent frames or more, the clip 3"),
         ([latents(1, 0)], "interpolate", GRID[1:], "gives no fixed number"),
     ],
 )

@@ -61,6 +61,22 @@ def test_an_entry_is_a_text_or_a_mapping_of_known_fields(folder: Path, entry: An
         read(folder, [entry])
 
 
+@pytest.mark.parametrize(
+    ("field", "problem"),
+    [
+        ({"mask_strategy": 0}, "mask_strategy is a text such as '0;0,1,0,-1,1', got 0"),
+        ({"mask_strategy": None}, "mask_strategy is a text"),
+        ({"references": "a.png"}, "references is a list of file names, got 'a.png'"),
+        ({"references": [1]}, "references is a list of file names"),
+        ({"references": None}, "references is a list of file names"),
+        ({"condition": 2}, "condition is a text such as 'i2v_head', got 2"),
+    ],
+)
+def test_a_field_of_another_type_is_named(folder: Path, field: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RequestError, match=f"prompt 'a cat': {problem}"):
+        read(folder, [{"prompt": "a cat", **field}])
+
+
 def test_a_file_that_is_not_json_or_not_there_is_named(folder: Path) -> None:
     (folder / "broken.json").write_text("[", encoding="utf-8")
     with pytest.raises(RequestError, match=r"broken\.json cannot be read"):
