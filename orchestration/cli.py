@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the work failed or found something wrong, 2 the call or th
 """
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from orchestration import show
 from orchestration.problems import problems
 from orchestration.session import Session
 from orchestration.weights_cli import app as weights
+from orchestration.weights_cli import taking
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 corpus = typer.Typer(help="Footage: what the walk starts from.", no_args_is_help=True)
@@ -31,6 +33,26 @@ app.add_typer(weights, name="weights")
 
 Name = Annotated[str, typer.Argument(help="Recipe name, as `opensora recipes` lists it.", metavar="RECIPE")]
 Profile = Annotated[str, typer.Option(help="Profile of the recipe: `tiny` fits a laptop, `paper` is as published.")]
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What `sample` can be told; every field is an argument or option of the command line."""
+
+    name: Name
+    prompt: Annotated[str, typer.Option(help='Text; may end in {"mask_strategy": "0"} (1.1, 1.2).')]
+    ref: Annotated[list[Path] | None, typer.Option(help="Picture or video to start from; repeat for several.")] = None
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of `sampling`: condition=i2v_head, frames=33.")
+    ] = None
+    seed: Annotated[list[int] | None, typer.Option(help="Seed; repeat for several clips.")] = None
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of `opensora weights import`, instead of the last checkpoint.")
+    ] = None
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="The same for the autoencoder: `weights import --part autoencoder`.")
+    ] = None
+    profile: Profile = "tiny"
 
 
 @app.command()
@@ -138,23 +160,16 @@ def report(name: Name, profile: Profile = "tiny") -> None:
         show.console.print((made.folder / "report.md").read_text(encoding="utf-8"), markup=False, highlight=False)
 
 
-@app.command()
-def sample(
-    name: Name,
-    prompt: Annotated[str, typer.Option(help='Text; may end in {"mask_strategy": "0"} (1.1, 1.2).')],
-    ref: Annotated[list[Path] | None, typer.Option(help="Picture or video to start from; repeat for several.")] = None,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE of `sampling`: condition=i2v_head, frames=33.")
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed; repeat for several clips.")] = None,
-    profile: Profile = "tiny",
-) -> None:
-    """Make clips of a prompt with the last checkpoint, from text, pictures or videos, and print their folder."""
+@app.command("sample")
+@taking(SampleOptions)
+def sample(options: SampleOptions) -> None:
+    """Make clips of a prompt with the last checkpoint, or with imported weights, and print their folder."""
     from orchestration.generate import Ask, generate
 
     with problems():
-        asked = Ask(prompt, ref or (), change or (), seed or (42,))
-        show.console.print(str(generate(Session.open(name, profile, Watch()), asked)), highlight=False)
+        told = (options.ref or (), options.change or (), options.seed or (42,), options.weights, options.autoencoder)
+        session = Session.open(options.name, options.profile, Watch())
+        show.console.print(str(generate(session, Ask(options.prompt, *told))), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,19 +1,24 @@
-"""Clips on request: the last checkpoint of a recipe, a prompt, references, and changes to the sampling section."""
+"""Clips on request: weights, a prompt, references, and changes to the sampling section.
+
+Weights are the last checkpoint of a recipe, or folders that `opensora weights import` wrote.
+"""
 
 import json
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from assets.autoencoder import autoencoder_key
-from assets.checkpoints import checkpoint_key
+from assets.checkpoints import last_checkpoint_key
 from assets.steps import Made, StepError
 from infra.tracking import RunLog
+from infra.workspace import Workspace
 from ml.entry import Call
 from ml.recipe import Recipe, RecipeError
 from orchestration.session import Session
@@ -21,33 +26,39 @@ from orchestration.session import Session
 
 @dataclass(frozen=True)
 class Ask:
-    """What a person asks for: a prompt, pictures or videos it is given, `KEY=VALUE` of `sampling`, seeds."""
+    """What a person asks for: a prompt, pictures or videos it is given, `KEY=VALUE` of `sampling`, seeds.
+
+    `weights` and `autoencoder` are weights folders to use instead of what the recipe's steps made.
+    """
 
     prompt: str
     references: Sequence[Path]
     changes: Sequence[str]
     seeds: Sequence[int]
+    weights: Path | None = None
+    autoencoder: Path | None = None
 
 
 def generate(session: Session, ask: Ask) -> Path:
     """Make the clips in a new folder of the workspace and return it.
 
-    Raises StepError while the recipe has no checkpoint yet, RecipeError for a change that the recipe refuses.
+    Nothing is made before everything is there. Raises StepError while the recipe has no checkpoint and none was given,
+    CheckpointMismatch for a folder without weights or with another network's, RecipeError for a change that the recipe
+    refuses or a reference that does not exist, MaskStrategyError for a prompt whose tail cannot be read.
     """
     from ml.sample import make_samples  # brings torch
 
     recipe = changed(session.recipe, ask)
-    out = session.walk.workspace.root / "generated" / f"{recipe.id}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out.mkdir(parents=True)
-    names = [f"reference-{number}{path.suffix}" for number, path in enumerate(ask.references)]
-    for path, name in zip(ask.references, names, strict=True):
-        shutil.copyfile(path, out / name)
-    (out / "prompts.json").write_text(json.dumps([{"prompt": ask.prompt, "references": names}]), encoding="utf-8")
     inputs = {
-        "prompts": (out,),
-        "checkpoint": (_made(session, checkpoint_key(recipe, recipe.stages[-1])).folder,),
-        "autoencoder": (_made(session, autoencoder_key(recipe)).folder,),
+        "checkpoint": (_folder(session, ask.weights, last_checkpoint_key(recipe)),),
+        "autoencoder": (_folder(session, ask.autoencoder, autoencoder_key(recipe)),),
     }
+    request, references = _request(ask)
+    out = _new_folder(session.walk.workspace, recipe)
+    for path, name in zip(references, request["references"], strict=True):
+        shutil.copyfile(path, out / name)
+    (out / "prompts.json").write_text(json.dumps([request]), encoding="utf-8")
+    inputs["prompts"] = (out,)
     make_samples(Call("samples", recipe, session.walk.workspace.root, out, inputs, {}, RunLog(None, None)))
     return out
 
@@ -59,13 +70,55 @@ def changed(recipe: Recipe, ask: Ask) -> Recipe:
         key, separator, value = change.partition("=")
         if not separator:
             raise RecipeError(f"--set takes KEY=VALUE of the sampling section, such as steps=30; got {change!r}")
-        document["sampling"][key] = yaml.safe_load(value)
+        try:
+            document["sampling"][key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {change}: {value!r} is not YAML: {' '.join(str(error).split())}") from error
     document["evaluation"]["seeds"] = list(ask.seeds)
     return Recipe.validate_document(document, "--set")
+
+
+def _request(ask: Ask) -> tuple[dict[str, Any], list[Path]]:
+    """The entry of `prompts.json`, and the files it names; those of a prompt's tail lie where the caller stands."""
+    from ml.diffusion.mask_strategy import split_tail
+
+    wish = split_tail(ask.prompt)
+    references = [Path(name) for name in (ask.references if wish.references is None else wish.references)]
+    for path in references:
+        if not path.is_file():
+            raise RecipeError(f"reference {path} does not exist in {Path.cwd()}")
+    names = [f"reference-{number}{path.suffix}" for number, path in enumerate(references)]
+    strategy = {} if wish.strategy is None else {"mask_strategy": wish.strategy}
+    return {"prompt": wish.text.strip(), "references": names, **strategy}, references
+
+
+def _folder(session: Session, given: Path | None, key: tuple[str, str]) -> Path:
+    """The weights folder that was given, or the step's; raises CheckpointMismatch, or StepError when there is none."""
+    from ml.models.weights import read_card
+
+    folder = _made(session, key).folder if given is None else given.absolute()
+    read_card(folder)
+    return folder
+
+
+def _new_folder(workspace: Workspace, recipe: Recipe) -> Path:
+    """A folder that no other call has, even in the same second."""
+    name = f"{recipe.id}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in count(1):
+        out = workspace.root / "generated" / (name if number == 1 else f"{name}-{number}")
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return out
+    raise AssertionError("count() does not end")
 
 
 def _made(session: Session, key: tuple[str, str]) -> Made:
     made = session.walk.current(session.walk.step(key))
     if made is None:
-        raise StepError(f"{'/'.join(key)} has not been made yet: opensora demo --recipe {session.recipe.name}")
+        raise StepError(
+            f"{'/'.join(key)} has not been made yet: opensora demo --recipe {session.recipe.name} makes it; or give "
+            "folders of `opensora weights import` as --weights and --autoencoder"
+        )
     return made
