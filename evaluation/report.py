@@ -24,8 +24,9 @@ class ReportError(ValueError):
 class Protocol:
     """What was asked and with which tools: everything but the checkpoint that can change a metric.
 
-    Digests are 16 hex digits; those of `sampling` and `objective` are of the recipe's whole sections, of which the fields
-    from `resolution` to `oscillate` show what a reader asks for first. `device` is a class of machine (`cpu`, or the accelerator's name), not one machine.
+    Digests are 16 hex digits; those of `sampling` and `objective` are of the recipe's whole sections, and the
+    fields from `resolution` to `oscillate` show what a reader asks for first. `device` is a class of machine (`cpu`, or
+    the accelerator's name), not one machine.
     """
 
     recipe: str
