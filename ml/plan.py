@@ -49,9 +49,9 @@ Cell = tuple[str, int]
 
 ASSUMPTION = (
     "Mean over buckets: clip lengths are taken to be spread evenly over curation.clips (seconds, thinned to "
-    "dataset.fps_max), every clip large enough for every resolution, and bucketed by the training rule (largest resolution first, in it "
-    "the longest length, both with the bucket's probabilities; once as video, once as image). The range is the "
-    "cheapest and the dearest bucket."
+    "dataset.fps_max), every clip large enough for every resolution, and bucketed by the training rule (largest "
+    "resolution first, in it the longest length, both with the bucket's probabilities; once as video, once as image). "
+    "The range is the cheapest and the dearest bucket."
 )
 
 SECONDS_PER_HOUR = 3600.0
