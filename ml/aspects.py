@@ -30,6 +30,12 @@ P_NAMES = (
     *("1:1", "3:4", "2:3", "9:16", "9:17", "1:2", "27:50"),
 )
 
+# Width / height of every name of any generation.
+RATIOS: dict[str, float] = {
+    **{name: int(name.split(":")[0]) / int(name.split(":")[1]) for name in P_NAMES},
+    **ASPECT_RATIOS,
+}
+
 P_TABLES: dict[str, str] = {
     "144p": "117x312 125x291 133x277 135x270 139x262 141x260 144x256 151x241 156x234 166x221 192x192 221x165 235x156 "
     "256x144 263x139 271x135 277x132",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from ml.aspects import ASPECT_RATIOS, NOMINAL_AREAS, table
+from ml.aspects import ASPECT_RATIOS, NOMINAL_AREAS, RATIOS, table
 
 # How an autoencoder shortens time: each frame alone (Stable Diffusion); first frame, then fours (HunyuanVideo); 17
 # frames at a time, the rest padded (OpenSora-VAE 1.2); windows of 17 that share a frame (1.3); fours only (DC-AE).
@@ -126,9 +126,11 @@ def nominal_area(resolution: str) -> int:
 def sizes_of(resolution: str, multiple: int) -> dict[str, Size]:
     """Sizes of every aspect ratio of a resolution, rounded down to `multiple` pixels.
 
-    `<N>px` follows Open-Sora 2.0: W = floor(sqrt(area * ratio) / m) * m, H = floor(area / W / m) * m. Listed
-    resolutions are the tables of 1.1 to 1.3. An explicit `HxW` has one size, as written. Raises ValueError when the
-    resolution is smaller than one token.
+    `<N>px` follows Open-Sora 2.0 at inference: W = floor(sqrt(area * ratio) / m) * m, H = floor(area / W / m) * m. Its
+    training rounds W likewise and then takes, of the sizes within 16 pixels of it, the one nearest in area; here both
+    use the formula of inference, so that what is sampled is what was trained. Listed resolutions are the tables of 1.1
+    to 1.3. An explicit `HxW` has one size, as written. Of names whose sizes coincide after rounding, the first is
+    listed (`size_of` knows them all). Raises ValueError when the resolution is smaller than one token.
     """
     area = nominal_area(resolution)
     if resolution in NOMINAL_AREAS:
@@ -142,6 +144,22 @@ def sizes_of(resolution: str, multiple: int) -> dict[str, Size]:
         width = int(math.sqrt(area * ratio) / multiple) * multiple
         sizes[name] = Size(int(area / width / multiple) * multiple if width else 0, width)
     return _distinct(sizes, resolution, multiple)
+
+
+def size_of(resolution: str, multiple: int, aspect: str) -> Size:
+    """The size of a resolution for an aspect, by any generation's name (W:H).
+
+    A name of the resolution's own table is that table's size, any other known one the nearest in ratio: small
+    resolutions have few sizes, and an explicit `HxW` has one. Raises ValueError for an unknown name.
+    """
+    sizes = sizes_of(resolution, multiple)
+    if aspect in sizes:
+        return sizes[aspect]
+    if resolution in NOMINAL_AREAS and aspect in table(resolution):
+        return _floor(Size(*table(resolution)[aspect]), multiple)
+    if aspect not in RATIOS:
+        raise ValueError(f"aspect {aspect!r} is unknown; known: {', '.join(dict.fromkeys((*sizes, *RATIOS)))}")
+    return nearest_size(resolution, multiple, Size(height=1000, width=round(1000 * RATIOS[aspect])))
 
 
 def nearest_size(resolution: str, multiple: int, size: Size) -> Size:

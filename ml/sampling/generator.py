@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ml.architectures import MMDiT
-from ml.aspects import ASPECT_RATIOS
 from ml.batching.datasets import to_frames
 from ml.batching.video import Frames
 from ml.diffusion import guidance, mask_strategy, solver
@@ -26,7 +25,7 @@ from ml.recipe import Recipe
 from ml.sampling.references import encode_reference, encode_video, given_by_kind, given_by_strategy
 from ml.sampling.requests import Request, RequestError
 from ml.score_text import with_scores
-from ml.shapes import Size, nearest_size, sizes_of
+from ml.shapes import Size, size_of
 
 
 @dataclass(frozen=True)
@@ -184,14 +183,8 @@ class Generator:
 
 
 def sample_size(recipe: Recipe) -> Size:
-    """The size of the sampling section's resolution that is nearest to its aspect; RequestError for an unknown one.
-
-    Small resolutions have few sizes: 96px has 64x128 for 16:9.
-    """
-    aspect, sizes = recipe.sampling.aspect, sizes_of(recipe.sampling.resolution, recipe.strides.pixels)
-    if aspect in sizes:
-        return sizes[aspect]
-    if aspect not in ASPECT_RATIOS:
-        raise RequestError(f"sampling.aspect {aspect!r} is unknown; known: {', '.join((*ASPECT_RATIOS, *sizes))}")
-    shape = Size(height=1000, width=round(1000 * ASPECT_RATIOS[aspect]))
-    return nearest_size(recipe.sampling.resolution, recipe.strides.pixels, shape)
+    """The size of the sampling section's resolution that is nearest to its aspect; RequestError for an unknown one."""
+    try:
+        return size_of(recipe.sampling.resolution, recipe.strides.pixels, recipe.sampling.aspect)
+    except ValueError as error:
+        raise RequestError(f"sampling: {error}") from error

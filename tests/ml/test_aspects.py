@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ml.aspects import ASPECT_RATIOS, NOMINAL_AREAS, P_NAMES, P_TABLES, table
+from ml.aspects import ASPECT_RATIOS, NOMINAL_AREAS, P_NAMES, P_TABLES, RATIOS, table
 
 # Forty ratios: twenty wide sizes of which one has no mirror image, the square, nineteen tall ones.
 COUNTS = {**dict.fromkeys(("144p", "240p", "360p", "480p", "720p", "1080p", "2k", "4k"), 17)} | {
@@ -97,6 +97,12 @@ def test_every_ratio_of_2_0_has_its_inverse() -> None:
         inverse = [r for r in ASPECT_RATIOS.values() if math.isclose(r * ratio, 1)]
         assert len(inverse) == 1
     assert len(P_NAMES) == len(set(P_NAMES)) == 17
+
+
+def test_ratios_hold_every_name_once_with_its_value() -> None:
+    assert set(RATIOS) == {*ASPECT_RATIOS, *P_NAMES}
+    assert {name: RATIOS[name] for name in ASPECT_RATIOS} == ASPECT_RATIOS
+    assert (RATIOS["21:9"], RATIOS["27:50"]) == (pytest.approx(7 / 3), 0.54)
 
 
 def test_another_name_is_no_table() -> None:

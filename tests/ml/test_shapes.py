@@ -2,7 +2,7 @@
 
 import pytest
 
-from ml.shapes import Size, Strides, frame_interval, nearest_size, nominal_area, sizes_of
+from ml.shapes import Size, Strides, frame_interval, nearest_size, nominal_area, size_of, sizes_of
 
 FRAME = Strides("frame", spatial=8, patch=2, pads=True)
 MICRO = Strides("micro", spatial=8, patch=2, pads=True)
@@ -150,3 +150,38 @@ def test_what_is_no_resolution_is_refused() -> None:
 )
 def test_frame_rates_are_divided_down_to_the_limit(fps: float, limit: float, interval: int) -> None:
     assert frame_interval(fps, limit) == interval
+
+
+@pytest.mark.parametrize("resolution", ["144p", "240p", "360p", "480p", "720p", "1080p", "2k", "4k"])
+def test_every_published_name_has_its_published_size(resolution: str) -> None:
+    """Sizes that coincide after rounding are one bucket, and keep all their names."""
+    from ml.aspects import P_NAMES, table
+
+    for multiple in (8, 16, 32):
+        for name in P_NAMES:
+            height, width = table(resolution)[name]
+            found = size_of(resolution, multiple, name)
+            assert found == Size(height - height % multiple, width - width % multiple)
+            assert found in sizes_of(resolution, multiple).values()
+
+
+@pytest.mark.parametrize(
+    ("resolution", "aspect", "wanted"),
+    [
+        ("144p", "50:27", Size(136, 256)),
+        ("144p", "17:9", Size(136, 256)),
+        ("1024", "21:9", Size(640, 1536)),
+        ("1024", "16:9", Size(768, 1344)),
+        ("512", "2.39:1", Size(320, 768)),
+        ("1024", "2048:512", Size(512, 2048)),
+        ("256px", "21:9", Size(160, 384)),
+        ("48x80", "9:16", Size(48, 80)),
+    ],
+)
+def test_a_name_of_another_table_is_the_nearest_size(resolution: str, aspect: str, wanted: Size) -> None:
+    assert size_of(resolution, 8 if resolution in ("144p", "1024", "512") else 16, aspect) == wanted
+
+
+def test_an_unknown_aspect_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ValueError, match=r"aspect '7:1' is unknown; known: 8:3, 21:9, .*2\.39:1"):
+        size_of("720p", 8, "7:1")
