@@ -12,12 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from infra.workspace import Workspace
 from ml.batching.datasets import LatentDataset
 from ml.batching.video import read_clip
 from ml.encode import encode_latents
 from ml.entry import Call
+from ml.models.lpips import Lpips
 from ml.models.weights import read_card
 from ml.recipe import Recipe
 from ml.sample import make_samples, measure_losses, measure_reconstruction
@@ -97,9 +99,17 @@ class Walked:
         folder: Path | None = None
         for stage in self.recipe.autoencoder.stages:
             inputs = {"dataset": self.footage.dataset} | ({"init": folder} if folder else {})
+            inputs |= {"lpips": self.lpips()} if stage.loss.perceptual else {}
             folder = self.run("autoencoder", train_autoencoder, inputs, stage.name, stage=stage.name)
         assert folder is not None
         assert read_card(folder).kind == self.recipe.autoencoder.kind
+        return folder
+
+    def lpips(self) -> Path:
+        """A distance of random features: enough to train against, and nothing to download."""
+        folder = Workspace(self.footage.workspace).root / "lpips"
+        folder.mkdir(exist_ok=True)
+        save_file(Lpips("alex").state_dict(), folder / "alex.safetensors")
         return folder
 
     def stages(self, latents: Path) -> list[Path]:
