@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from ml.architectures import Latent, MMDiT, STDiT3
-from ml.processes import AreaShift, RectifiedFlow, ScoreText
 from ml.recipe import Recipe, RecipeError, available, find, header
 
 
@@ -78,43 +77,6 @@ def test_every_generation_samples_as_published(
     assert (recipe.text.kind, recipe.text.max_tokens) == text
     assert recipe.sampling.frames == frames
     assert recipe.strides.latent_frames(frames) == latents
-
-
-def test_autoencoders_train_as_published() -> None:
-    """docs/vae.md 1.2, cfg/vae_v1_3/train and cfg/vae/train of main; the rest of the recipe is that of `paper`."""
-    phases = {name: Recipe.load(name, "vae").autoencoder.stages for name in ("v1_2", "v1_3", "v2_0_hc")}
-    assert [(s.part, s.steps, s.frames, s.random_frames, s.compute.devices) for s in phases["v1_2"]] == [
-        ("temporal", 380_000, 17, False, 8),
-        ("temporal", 260_000, 17, False, 8),
-        ("all", 540_000, 34, True, 24),
-    ]
-    assert {(s.optimizer.lr, s.batch, s.image_fraction, s.loss.kl) for s in phases["v1_2"]} == {(1e-5, 1, 0.2, 1e-6)}
-    assert [(s.loss.latent, s.loss.identity, s.loss.perceptual) for s in phases["v1_2"]] == [
-        (1.0, 1.0, 0.0),
-        (1.0, 0.0, 0.0),
-        (0.0, 0.0, 0.1),
-    ]
-    (third,) = phases["v1_3"]
-    assert third.loss.adversarial is not None
-    assert (third.loss.perceptual, third.loss.adversarial.weight, third.loss.adversarial.start_step) == (1.0, 0.5, 0)
-    plain, against = phases["v2_0_hc"]
-    assert plain.loss.adversarial is None
-    assert against.loss.adversarial is not None
-    assert (against.loss.adversarial.weight, against.loss.adversarial.layers, against.frames) == (0.05, 5, 32)
-    assert (plain.optimizer.betas, plain.ema_decay, plain.loss.perceptual) == ((0.9, 0.98), 0.99, 0.5)
-    for name in phases:
-        ours, paper = Recipe.load(name, "vae"), Recipe.load(name, "paper")
-        assert (ours.stages, ours.sampling, ours.model) == (paper.stages, paper.sampling, paper.model)
-        assert (ours.autoencoder.weights_uri is None) == (name != "v1_2"), "1.2 needs a per-frame half to stand on"
-
-
-@pytest.mark.parametrize("name", ["v1_2", "v1_3"])
-def test_the_smallest_profiles_shift_times_by_their_own_size(name: str) -> None:
-    objective = Recipe.load(name, "tiny").objective
-    assert isinstance(objective, RectifiedFlow)
-    assert isinstance(objective.shift, AreaShift)
-    assert objective.shift.base_area == 64 * 64
-    assert Recipe.load(name, "tiny").sampling.score == ScoreText()
 
 
 def test_the_network_takes_its_sizes_from_the_other_sections(document: dict[str, Any]) -> None:
