@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ml.architectures import Conditioning
+from ml.architectures import Conditioning, MMDiT, Model
 from ml.section import Fraction, Positive, PositiveFloat, Section
 
 # --- conditions ---------------------------------------------------------------------------------------------------
@@ -257,3 +257,45 @@ def check_solver(objective: IDDPM | RectifiedFlow, sampling: Sampling) -> None:
     solvers = ("ddpm", "dpm_solver") if isinstance(objective, IDDPM) else ("euler",)
     if sampling.solver not in solvers:
         raise ValueError(f"solver {sampling.solver!r} does not solve {objective.kind}: use {' or '.join(solvers)}")
+
+
+# Sampling settings that only 1.3 and 2.0 have.
+LATER_SETTINGS = ("ramp", "flaw_fix", "sdedit")
+
+
+def network_problems(objective: IDDPM | RectifiedFlow, model: Model) -> list[str]:
+    """Why a network cannot learn an objective: times in another unit, no channels for the variance, nothing shown."""
+    if isinstance(objective, RectifiedFlow):
+        if isinstance(model, MMDiT) == (objective.law == "v2_0"):
+            return []
+        right = "v2_0" if isinstance(model, MMDiT) else "v1_2 or v1_3"
+        return [f"objective.law: {objective.law} tells the network times that {model.kind} does not know; use {right}"]
+    problems = []
+    if model.conditioning in ("embed", "channels"):
+        problems.append(f"objective: iddpm shows no given latents, which {model.kind} takes; use rectified_flow")
+    elif isinstance(model, MMDiT):
+        problems.append("objective: mmdit knows times of rectified_flow law v2_0 only")
+    has = not isinstance(model, MMDiT) and model.pred_sigma
+    if objective.learn_sigma and not has:
+        problems.append(
+            f"objective.learn_sigma: {model.kind} gives no variance; set it to false, or pred_sigma to true"
+        )
+    if has and not objective.learn_sigma:
+        problems.append("model.pred_sigma: gives a variance that learn_sigma false does not use; set both alike")
+    return problems
+
+
+def sampling_problems(objective: IDDPM | RectifiedFlow, model: Model, sampling: Sampling) -> list[str]:
+    """Settings of sampling that the generation does not have, or that could not be followed."""
+    problems = []
+    if isinstance(objective, IDDPM) and sampling.steps > objective.num_timesteps:
+        problems.append(f"sampling.steps: {sampling.steps} of the {objective.num_timesteps} that are trained")
+    if isinstance(objective, IDDPM) or objective.law == "v1_2":
+        idle = [name for name in LATER_SETTINGS if getattr(sampling, name)]
+        idle += ["guidance_image"] if sampling.guidance_image != 1.0 else []
+        if idle:
+            problems.append(f"sampling: {', '.join(idle)} of 1.3 and 2.0, without effect for {model.kind}; leave out")
+    if sampling.loops > 1 and model.conditioning != "mask" and sampling.condition != "mask":
+        why = "its network is told by kind" if model.conditioning != "none" else "it makes whole clips only"
+        problems.append(f"sampling.loops: {model.kind} makes 1, not {sampling.loops}, as {why}")
+    return problems

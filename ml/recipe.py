@@ -16,10 +16,17 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
 from ml import sections as s
-from ml.architectures import MMDiT, Model
-from ml.processes import KINDS, SAMPLED_KINDS, Objective, Sampling, check_solver
+from ml.architectures import MMDiT, Model, OpenSoraV12Net, OpenSoraV13Net
+from ml.processes import KINDS, SAMPLED_KINDS, Objective, Sampling, check_solver, network_problems, sampling_problems
 from ml.section import Name, PositiveFloat, Section
-from ml.shapes import Size, Strides, sizes_of
+from ml.shapes import MICRO_FRAMES, Size, Strides, size_of, sizes_of
+
+# Metrics of a report (evaluation/report.py) whatever the recipe; more follow from its stages and VBench dimensions.
+REPORTED = (
+    *("loss/held_out", "loss/untrained"),
+    *(f"reconstruction/{name}" for name in ("psnr", "ssim", "lpips", "psnr_mean_frame", "psnr_own_mean_frame")),
+    *(f"preference/{name}" for name in ("visual_quality", "prompt_adherence", "motion", "wins")),
+)
 
 PACKAGED = Path(__file__).parent / "recipes"
 
@@ -141,7 +148,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         problems = [*self._shape_problems(), *self._name_problems(), *self._weights_problems(), *self._model_problems()]
-        problems += [*self._condition_problems(), *self._gate_problems()]
+        problems += [*self._condition_problems(), *self._process_problems(), *self._autoencoder_problems()]
+        problems += self._gate_problems()
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
@@ -228,12 +236,66 @@ class Recipe(Section):
             problems.append(f"sampling.solver: {error}")
         return problems
 
+    def _process_problems(self) -> list[str]:
+        """Network, objective and sampling are of one generation, and every setting has an effect."""
+        problems = [*network_problems(self.objective, self.model), *self._loop_problems()]
+        problems += sampling_problems(self.objective, self.model, self.sampling)
+        if isinstance(self.model, MMDiT) and self.model.guidance_embed and self.stages:
+            problems.append(
+                "model.guidance_embed: a guidance-distilled network is sampled, not trained: leave the stages out and "
+                "give pretrained weights, or set it to false"
+            )
+        try:
+            size_of(self.sampling.resolution, self.strides.pixels, self.sampling.aspect)
+        except ValueError as error:
+            problems.append(f"sampling: {error}")
+        return problems
+
+    def _loop_problems(self) -> list[str]:
+        """Latents that a loop is given are fewer than a clip's, and encoded together."""
+        sampling, strides = self.sampling, self.strides
+        given, clip = sampling.loop_latents, strides.latent_frames(sampling.frames)
+        if sampling.loops == 1 or not given:
+            return []
+        if given >= clip:
+            return [f"sampling.loop_latents: {given} of a clip's {clip} latent frames leave nothing to make"]
+        if sampling.align and given % sampling.align:
+            return [f"sampling.loop_latents: {given} is no multiple of sampling.align {sampling.align}"]
+        if not any(strides.encodes(n) and strides.latent_frames(n) == given for n in range(1, sampling.frames)):
+            return [f"sampling.loop_latents: {self.autoencoder.kind} encodes no clip to {given} latent frames"]
+        return []
+
+    def _autoencoder_problems(self) -> list[str]:
+        """The autoencoder shortens time as `Strides` has it, and its stages' losses and lengths are its own."""
+        net, problems = self.autoencoder.net, []
+        if isinstance(net, OpenSoraV12Net | OpenSoraV13Net) and net.micro_frame_size != MICRO_FRAMES:
+            problems.append(
+                f"autoencoder.net.micro_frame_size: {net.micro_frame_size}; lengths count on {MICRO_FRAMES}"
+            )
+        if isinstance(net, OpenSoraV12Net) and sum(net.temporal_downsample) != 2:
+            problems.append("autoencoder.net.temporal_downsample: must halve time twice, as lengths count on")
+        if isinstance(net, OpenSoraV13Net) and not net.temporal_overlap:
+            problems.append("autoencoder.net.temporal_overlap: lengths count on windows that share a frame")
+        for stage in self.autoencoder.stages:
+            where, loss = f"autoencoder.stages.{stage.name}", stage.loss
+            foreign = [name for name in ("latent", "identity") if getattr(loss, name) and net.kind != "opensora_v1_2"]
+            foreign += ["kl"] if loss.kl and net.kind == "dc_ae" else []
+            problems += [f"{where}.loss.{name}: {net.kind} has no such term; set it to 0" for name in foreign]
+            lengths = [n for n in range(1, stage.frames + 1) if self.strides.encodes(n)]
+            if stage.random_frames and len(lengths) < 2:
+                problems.append(f"{where}.random_frames: only {lengths} of its {stage.frames} frames can be encoded")
+        return problems
+
     def _gate_problems(self) -> list[str]:
+        dimensions = self.evaluation.vbench_dimensions
+        known = [*REPORTED, *(f"loss/stage/{name}" for name in [p.name for p in self.stages] or ["pretrained"])]
+        known += [f"vbench/{name}" for name in (*dimensions, *(("total",) if len(set(dimensions)) == 16 else ()))]
+        named = [n for rule in self.evaluation.gate for n in (rule.metric, rule.relative_to) if n is not None]
         return [
-            f"evaluation.gate: unknown metric {rule.metric!r}; a VBench dimension needs evaluation.vbench_dimensions"
-            for rule in self.evaluation.gate
-            if rule.metric.startswith("vbench/")
-            and rule.metric.removeprefix("vbench/") not in self.evaluation.vbench_dimensions
+            f"evaluation.gate: unknown metric {name!r}{_nearest(name, known)}; a VBench dimension needs "
+            "evaluation.vbench_dimensions"
+            for name in named
+            if name not in known
         ]
 
 

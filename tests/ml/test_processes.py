@@ -7,6 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ml import processes
 from ml.processes import KINDS, SAMPLED_KINDS, Objective, Sampling, ScoreText
+from ml.recipe import Recipe, RecipeError
 
 FLOW = {"kind": "rectified_flow", "law": "v2_0", "sigma_min": 1e-5, "shift": {"kind": "linear"}, "drop_context": 0.3}
 AREA = {"kind": "area", "law": "v1_3"}
@@ -83,3 +84,92 @@ def test_kinds_of_every_conditioning() -> None:
     assert {"v2v_head_noisy", "other"} <= set(KINDS["embed"]) - set(KINDS["channels"])
     assert {"v2v_head_easy", "v2v_tail_easy"} <= set(KINDS["channels"])
     assert ScoreText().style == "none"
+
+
+# --- with the rest of a recipe ------------------------------------------------------------------------------------
+
+
+def small(name: str) -> dict[str, Any]:
+    """The document of a packaged recipe in its smallest profile."""
+    return Recipe.load(name, "tiny").model_dump(mode="json")
+
+
+def refusal(document: dict[str, Any]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.validate_document(document, "mine.yaml")
+    return str(caught.value)
+
+
+def overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return {**base, **{k: overlaid(base[k], v) if isinstance(v, dict) and base.get(k) else v for k, v in over.items()}}
+
+
+FLOW_1_3 = {"kind": "rectified_flow", "law": "v1_3", "shift": {"kind": "area", "law": "v1_3"}, "drop_context": 0.1}
+NOISE = {"kind": "iddpm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "over", "problem"),
+    [
+        ("v1_0", {"model": {"pred_sigma": False}}, "objective.learn_sigma: stdit gives no variance"),
+        ("v1_1", {"objective": {"learn_sigma": False}}, "model.pred_sigma: gives a variance that learn_sigma false"),
+        ("v1_0", {"sampling": {"steps": 1001}}, "sampling.steps: 1001 of the 1000 that are trained"),
+        ("v1_2", {"sampling": {"ramp": True, "guidance_image": 2.0}}, "sampling: ramp, guidance_image of 1.3 and 2.0"),
+        ("v1_2", {"sampling": {"sdedit": True}}, "sampling: sdedit of 1.3 and 2.0, without effect for stdit3"),
+        ("v1_0", {"sampling": {"guidance_image": 3.0}}, "sampling: guidance_image of 1.3 and 2.0"),
+        ("v1_2", {"sampling": {"aspect": "16x9"}}, "sampling: aspect '16x9' is unknown; known: 2.39:1, "),
+        ("v2_0", {"model": {"guidance_embed": True}}, "guidance-distilled network is sampled, not trained"),
+        ("v2_0", {"sampling": {"loops": 2}}, "sampling.loops: mmdit makes 1, not 2, as its network is told by kind"),
+        ("v1_0", {"sampling": {"loops": 3}}, "sampling.loops: stdit makes 1, not 3, as it makes whole clips only"),
+        ("v1_3", {"sampling": {"loops": 2}}, "sampling.loops: stdit3 makes 1, not 2"),
+        ("v1_2", {"sampling": {"loops": 2}}, "sampling.loop_latents: 5 of a clip's 5 latent frames leave nothing"),
+        (
+            "v1_2",
+            {"sampling": {"loops": 2, "loop_latents": 4, "align": 5}},
+            "sampling.loop_latents: 4 is no multiple of sampling.align 5",
+        ),
+        (
+            "v1_3",
+            {"sampling": {"loops": 2, "loop_latents": 7, "condition": "mask", "frames": 33}},
+            "sampling.loop_latents: opensora_v1_3 encodes no clip to 7 latent frames",
+        ),
+        ("v1_2", {"autoencoder": {"net": {"micro_frame_size": 9}}}, "micro_frame_size: 9; lengths count on 17"),
+        ("v1_3", {"autoencoder": {"net": {"micro_frame_size": None}}}, "micro_frame_size: None; lengths count on 17"),
+        ("v1_3", {"autoencoder": {"net": {"temporal_overlap": False}}}, "temporal_overlap: lengths count on windows"),
+        (
+            "v1_2",
+            {"autoencoder": {"net": {"temporal_downsample": [False, False, True]}}},
+            "temporal_downsample: must halve time twice",
+        ),
+    ],
+)
+def test_settings_that_the_generation_does_not_have_are_refused(name: str, over: dict[str, Any], problem: str) -> None:
+    assert problem in refusal(overlaid(small(name), over))
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "problem"),
+    [
+        ("v2_0", FLOW_1_3, "objective.law: v1_3 tells the network times that mmdit does not know; use v2_0"),
+        ("v1_3", "v2_0", "objective.law: v2_0 tells the network times that stdit3 does not know; use v1_2 or v1_3"),
+        ("v2_0", NOISE, "objective: iddpm shows no given latents, which mmdit takes; use rectified_flow"),
+        ("v1_3", NOISE, "objective: iddpm shows no given latents, which stdit3 takes"),
+    ],
+)
+def test_a_network_learns_an_objective_of_its_own_kind(name: str, objective: Any, problem: str) -> None:
+    document = small(name)
+    document["objective"] = small(objective)["objective"] if isinstance(objective, str) else objective
+    assert problem in refusal(document)
+
+
+def test_loops_that_can_be_followed_load() -> None:
+    """1.2 by its network, 1.3 by condition mask; a guidance-distilled network as it was released."""
+    for name, sampling in (
+        ("v1_2", {"loops": 2, "loop_latents": 5, "align": 5, "frames": 34}),
+        ("v1_1", {"loops": 3, "loop_latents": 4}),
+        ("v1_3", {"loops": 2, "loop_latents": 5, "condition": "mask", "frames": 33}),
+        ("v1_2", {"loops": 2, "loop_latents": 0}),
+    ):
+        assert Recipe.validate_document(overlaid(small(name), {"sampling": sampling}), "r").sampling.loops > 1
+    released = small("v2_0") | {"stages": [], "pretrained": {"uri": "weights/flux.safetensors", "source": "flux"}}
+    assert Recipe.validate_document(overlaid(released, {"model": {"guidance_embed": True}}), "r").stages == ()

@@ -264,6 +264,58 @@ def test_a_gate_on_a_dimension_that_is_not_run_is_refused(document: dict[str, An
     assert "unknown metric 'vbench/scene'" in refusal(document)
 
 
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("loss/heldout", "did you mean 'loss/held_out'?"),
+        ("loss/stage/stage9", "unknown metric 'loss/stage/stage9'"),
+        ("reconstruction/psnr_mean", "did you mean 'reconstruction/psnr_mean_frame'?"),
+        ("preference/beauty", "unknown metric 'preference/beauty'"),
+        ("vbench/total", "unknown metric 'vbench/total'"),
+        ("speed", "unknown metric 'speed'"),
+    ],
+)
+def test_a_gate_on_what_no_report_has_is_refused(document: dict[str, Any], metric: str, hint: str) -> None:
+    """On either side of a rule: a gate that can never pass is found before anything is paid for."""
+    gate = document["evaluation"]["gate"]
+    document["evaluation"]["gate"] = [*gate, {"metric": metric, "at_least": 0.2}]
+    assert hint in refusal(document)
+    document["evaluation"]["gate"] = [*gate, {"metric": "loss/held_out", "at_most": 0.9, "relative_to": metric}]
+    assert hint in refusal(document)
+    for known in ("loss/stage/stage1", "reconstruction/lpips", "preference/wins", "vbench/temporal_flickering"):
+        document["evaluation"]["gate"] = [{"metric": known, "at_most": 1.0}]
+        Recipe.validate_document(document, "r")
+
+
+@pytest.mark.parametrize(
+    ("name", "over", "problem"),
+    [
+        (
+            "v2_0",
+            {"loss": {"reconstruction": 1.0, "latent": 1.0}},
+            "autoencoder.stages.vae_stage1.loss.latent: hunyuan has no such term",
+        ),
+        (
+            "v1_0",
+            {"loss": {"reconstruction": 1.0, "identity": 1.0}},
+            "autoencoder.stages.vae_stage1.loss.identity: sd has no such term",
+        ),
+        (
+            "v2_0_hc",
+            {"loss": {"reconstruction": 1.0, "kl": 1e-6}},
+            "autoencoder.stages.vae_stage1.loss.kl: dc_ae has no such term",
+        ),
+        ("v2_0", {"frames": 1, "random_frames": True}, "random_frames: only [1] of its 1 frames can be encoded"),
+    ],
+)
+def test_an_autoencoder_stage_has_losses_and_lengths_of_its_network(
+    name: str, over: dict[str, Any], problem: str
+) -> None:
+    document = small(name)
+    document["autoencoder"]["stages"][0] |= over
+    assert problem in refusal(document)
+
+
 def test_weights_that_are_only_loaded_need_their_latent(document: dict[str, Any]) -> None:
     document["autoencoder"] |= {"stages": [], "weights_uri": "weights/mine.safetensors", "latent": None}
     assert "autoencoder.latent: weights_uri without stages needs it" in refusal(document)
