@@ -40,5 +40,7 @@ def _augmentation(recipe: Recipe) -> list[str]:
 
 
 def _buckets(recipe: Recipe) -> list[str]:
-    """What decides which clip is encoded in which shape."""
+    """What decides which clip is encoded in which shape: buckets, or without stages what is sampled."""
+    if not recipe.stages:
+        return ["sampling.resolution", "sampling.frames"]
     return [f"stages.{stage.name}.{field}" for stage in recipe.stages for field in ("buckets", "tier")]

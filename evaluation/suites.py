@@ -72,7 +72,9 @@ def suite(table_name: str, recipe: Recipe | None) -> Suite:
 
 
 def wanted_buckets(recipe: Recipe) -> list[str]:
-    """Every `resolution/frames` cell that some training stage reads, sorted."""
+    """Every `resolution/frames` cell that some training stage reads, sorted; without stages, the one of samples."""
+    if not recipe.stages:
+        return [f"{recipe.sampling.resolution}/{recipe.sampling.frames}"]
     cells = {f"{name}/{n}" for stage in recipe.stages for name, row in stage.buckets.items() for n in row}
     return sorted(cells)
 

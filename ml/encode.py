@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from infra.storage import atomic_write, sha256_of
 from infra.workspace import Workspace
-from ml.batching.buckets import Bucketing, Cell
+from ml.batching.buckets import Bucketing, Buckets, Cell
 from ml.batching.datasets import DAMAGED, HEAD, NULL, TAIL, TEXT_FILE, TEXT_PARTS, Clip, ClipDataset, to_video
 from ml.diffusion.augment import damage
 from ml.engines.plain import device_of
@@ -32,6 +32,7 @@ from ml.models.weights import WEIGHTS
 from ml.processes import Augmentation, RectifiedFlow, ScoreText
 from ml.recipe import Recipe
 from ml.score_text import with_scores
+from ml.sections import Bucket
 from ml.training.networks import open_autoencoder
 
 Part = TypeVar("Part")
@@ -98,18 +99,25 @@ def plan_items(recipe: Recipe, clips: ClipDataset) -> list[Item]:
     """
     found: dict[str, Item] = {}
     for clip in clips.clips.values():
-        for stage in recipe.stages:
-            if clip.split == "train" and stage.tier not in clip.tiers:
+        for name, tier, buckets in _wanted(recipe):
+            if clip.split == "train" and tier not in clip.tiers:
                 continue
-            for cell in clips.bucketing.cells(clip.footage, stage.buckets):
-                item = Item(clip, cell, (stage.name,))
+            for cell in clips.bucketing.cells(clip.footage, buckets):
+                item = Item(clip, cell, (name,))
                 before = found[item.key].stages if item.key in found else ()
-                found[item.key] = Item(clip, cell, (*before, stage.name))
+                found[item.key] = Item(clip, cell, (*before, name))
     if not found:
         raise EncodeError(
             f"none of {len(clips.clips)} clips fits a bucket of any stage: too small, too short, or no tier"
         )
     return sorted(found.values(), key=lambda item: (item.cell, item.key))
+
+
+def _wanted(recipe: Recipe) -> list[tuple[str, str | None, Buckets]]:
+    """Name, tier and buckets of every stage; without one, held-out clips alone, at the size and length of samples."""
+    if recipe.stages:
+        return [(stage.name, stage.tier, stage.buckets) for stage in recipe.stages]
+    return [("pretrained", None, {recipe.sampling.resolution: {recipe.sampling.frames: Bucket(keep=1.0, batch=1)}})]
 
 
 @dataclass(frozen=True)

@@ -185,13 +185,13 @@ class Plan:
     def published_usd(self) -> float | None:
         """Dollars that the original reported for the same stages; None unless every stage has a published figure."""
         figures = [stage.published.usd for stage in self.stages if stage.published]
-        return sum(figures) if len(figures) == len(self.stages) else None
+        return sum(figures) if figures and len(figures) == len(self.stages) else None
 
     @property
     def published_gpu_days(self) -> float | None:
         """GPU-days likewise."""
         figures = [stage.published.gpu_days for stage in self.stages if stage.published]
-        return sum(figures) if len(figures) == len(self.stages) else None
+        return sum(figures) if figures and len(figures) == len(self.stages) else None
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:

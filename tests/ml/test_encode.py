@@ -17,10 +17,13 @@ from ml.encode import EncodeError, captions_of, encode_latents, parts, plan_item
 from ml.entry import Call
 from ml.manifest import LATENTS
 from ml.models.autoencoders.registry import build_autoencoder, load_autoencoder, save_autoencoder
+from ml.models.networks import save_network
 from ml.models.weights import Origin
 from ml.recipe import Recipe
+from ml.sample import measure_losses
 from ml.score_text import with_scores
 from ml.shapes import Size
+from ml.training.networks import new_transformer
 
 MINILM = {"kind": "minilm", "max_tokens": 12, "context_dim": 384, "pooled_dim": 384}
 
@@ -66,6 +69,25 @@ def test_every_clip_is_planned_once_for_every_shape_of_its_stages(recipe: Recipe
     assert stages["train", ("base", "high", "finest")] == ("stage1", "stage2", "stage3")
     # A held-out clip is measured at the shapes of every stage, whatever its tier.
     assert stages["holdout", ("base",)] == ("stage1", "stage2", "stage3")
+
+
+def test_without_stages_held_out_clips_are_encoded_as_samples_are_made(
+    make_recipe: Callable[..., Recipe], make_call: Callable[..., Call], footage: Any, tmp_path: Path
+) -> None:
+    """Enough for the held-out loss of released weights that nothing trains on."""
+    released = make_recipe(text=MINILM, stages=[], pretrained={"uri": "weights/dit.safetensors"})
+    inputs = {"dataset": footage.dataset, "autoencoder": saved(released, tmp_path / "vae", Latent(scale=2.0))}
+    call = replace(make_call("latents", released, inputs=inputs), workspace=footage.workspace)
+    encode_latents(call)
+    latents = LatentDataset(call.out)
+    assert set(latents.rows["split"]) == {"holdout"}
+    ((cell, keys),) = latents.groups("holdout").items()
+    assert (cell.resolution, cell.frames, len(keys)) == ("48x80", 5, 2)
+    losses = make_call("losses", released, "losses", {"latents": call.out}, stages="pretrained")
+    network = new_transformer(released)
+    save_network(tmp_path / "pretrained", network, Origin(released.id, "released"))
+    measure_losses(replace(losses, inputs={**losses.inputs, "checkpoint": (tmp_path / "pretrained",)}))
+    assert json.loads((losses.out / "losses.json").read_text(encoding="utf-8"))["num_clips"] == 2
 
 
 def test_clips_that_fit_nowhere_are_an_error_when_they_are_all(
