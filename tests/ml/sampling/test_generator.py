@@ -91,6 +91,12 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "ramp.png"
 
 
+@pytest.fixture
+def film(tmp_path: Path, make_video: Callable[..., Path]) -> Path:
+    """A video of 51 frames."""
+    return make_video(tmp_path / "film.mp4", 51, (96, 160))
+
+
 def reference(generator: Generator, path: Path) -> Tensor:
     return encode_reference(path, generator.size, generator.recipe.strides, generator.networks.autoencoder)
 
@@ -273,19 +279,13 @@ def test_requests_that_make_no_sense_are_refused(
         Kept(generation(name)).videos(Request("a red wave", **asked), [0])
 
 
-def test_a_video_shorter_than_its_kind_is_refused(
-    generation: MakeRecipe, tmp_path: Path, make_video: Callable[..., Path]
-) -> None:
-    short = make_video(tmp_path / "short.mp4", 5, (96, 160))
+def test_a_video_shorter_than_its_kind_is_refused(generation: MakeRecipe, picture: Path) -> None:
     made = Kept(generation("v2_0", sampling={"frames": 41}))
-    with pytest.raises(ValueError, match="v2v_head needs 9 latents at the head, the reference has 2"):
-        made.videos(Request("a red wave", (short,), "v2v_head"), [0])
+    with pytest.raises(ValueError, match="v2v_head needs 9 latents at the head, the reference has 1"):
+        made.videos(Request("a red wave", (picture,), "v2v_head"), [0])
 
 
-def test_a_kind_that_the_clip_has_no_room_for_is_refused_not_replaced(
-    generation: MakeRecipe, tmp_path: Path, make_video: Callable[..., Path]
-) -> None:
-    film = make_video(tmp_path / "film.mp4", 33, (96, 160))
+def test_a_kind_that_the_clip_has_no_room_for_is_refused_not_replaced(generation: MakeRecipe, film: Path) -> None:
     for name in ("v1_3", "v2_0"):
         made = Kept(generation(name, sampling={"frames": 17, "condition": "v2v_head"}))
         with pytest.raises(RequestError, match=r"v2v_head gives 9 latent frames, the clip has 5: .* or i2v_head"):
@@ -302,24 +302,15 @@ def test_a_kind_that_the_clip_has_no_room_for_is_refused_not_replaced(
     ],
 )
 def test_a_video_longer_than_the_clip_is_refused(
-    generation: MakeRecipe,
-    tmp_path: Path,
-    make_video: Callable[..., Path],
-    name: str,
-    asked: dict[str, Any],
-    problem: str,
+    generation: MakeRecipe, film: Path, name: str, asked: dict[str, Any], problem: str
 ) -> None:
-    film = make_video(tmp_path / "film.mp4", 60, (96, 160))
     with pytest.raises((RequestError, MaskStrategyError), match=problem):
         Kept(generation(name)).videos(Request("a red wave", (film,), **asked), [0])
 
 
 @pytest.mark.parametrize(("strategy", "first"), [("0,0,6,0,1", 6), ("0,0,-1,0,1", -1), ("0,0,0,0,1", 0)])
-def test_a_strategy_may_select_a_part_of_a_longer_video(
-    generation: MakeRecipe, tmp_path: Path, make_video: Callable[..., Path], strategy: str, first: int
-) -> None:
+def test_a_strategy_may_select_of_a_film(generation: MakeRecipe, film: Path, strategy: str, first: int) -> None:
     """A part near the start is the same whether the rest of the film is read or not."""
-    film = make_video(tmp_path / "film.mp4", 51, (96, 160))
     made = Kept(generation("v1_2", sampling={"align": None}))
     made.videos(Request("a red wave", (film,), mask_strategy=strategy), [0])
     torch.testing.assert_close(made.latents[0][0, :, 0], reference(made, film)[:, first])
@@ -393,13 +384,9 @@ def test_what_a_loop_is_given_is_what_the_film_ends_with(generation: MakeRecipe)
     ("name", "resolution", "aspect", "wanted"),
     [
         ("v2_0", "96px", "16:9", Size(64, 128)),
-        ("v2_0", "768px", "16:9", Size(576, 1024)),
-        ("v2_0", "256px", "1:1", Size(256, 256)),
         ("v1_2", "720p", "16:9", Size(720, 1280)),
         ("v1_2", "480p", "16:9", Size(480, 848)),
         ("v1_2", "480p", "27:50", Size(920, 440)),
-        ("v1_1", "512", "1:1", Size(512, 512)),
-        ("v1_0", "48x80", "80:48", Size(48, 80)),
         ("v1_0", "48x80", "16:9", Size(48, 80)),
     ],
 )
