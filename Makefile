@@ -6,7 +6,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
-SOURCES := orchestration assets evaluation ml infra
+SOURCES := orchestration assets evaluation ml infra benchmarks
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 # Dagster keeps its instance in this folder (dagster.yaml), and no tool reports home.
