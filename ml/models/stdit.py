@@ -4,6 +4,7 @@ Letters: B batch, C latent channels, t h w latent grid, T S tokens (frames, and 
 tokens. Parameters carry the names of the released weights (om/stdit/stdit.py, 1.0).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class STDiT(nn.Module):
 
     def __init__(self, config: architectures.STDiT | None = None, **hyper: Any) -> None:
         super().__init__()
-        self.config = config = config or architectures.STDiT(**hyper)
+        self.config = config = config or architectures.hyper_of(architectures.STDiT, hyper)
         self.checkpoint_blocks = (0, 0)
         width, patch = config.hidden_size, config.patch_size
         grid = tuple(size // cell for size, cell in zip(config.input_size, patch, strict=True))
@@ -115,10 +116,16 @@ class STDiT(nn.Module):
         return unpatchify(self.final_layer(tokens, t), shape, config.patch_size, config.out_channels).float()
 
     def spatial_positions(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """Sinusoidal positions [1,height x width,D] of a frame's tokens, their index divided by `space_scale`."""
-        rows, columns = (
-            torch.arange(size, device=device, dtype=torch.float64) / self.config.space_scale for size in (height, width)
+        """Sinusoidal positions [1,height x width,D] of a frame's tokens, their index divided by `space_scale`.
+
+        A frame of another area than `input_size` is stretched to the same range, which is how 1.0 was published: 0.5 at
+        256 px and 1.0 at 512 px (cfg/opensora/inference, 1.0).
+        """
+        native = math.prod(
+            size // cell for size, cell in zip(self.config.input_size[1:], self.config.patch_size[1:], strict=True)
         )
+        scale = self.config.space_scale * math.sqrt(height * width / native)
+        rows, columns = (torch.arange(size, device=device, dtype=torch.float64) / scale for size in (height, width))
         return plane(rows, columns, self.config.hidden_size)[None].float()
 
     def temporal_positions(self, frames: int, device: torch.device | None = None) -> Tensor:

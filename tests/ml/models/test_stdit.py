@@ -160,13 +160,15 @@ def test_position_tables_are_indices_divided_by_the_scales() -> None:
     assert network.pos_embed[0, token, 12].item() == pytest.approx(torch.tensor(2.0).sin().item())
 
 
-def test_other_sizes_get_tables_of_their_own() -> None:
-    made_for, other = _network(input_size=(2, 6, 4)), _network(input_size=(5, 2, 2))
+def test_other_sizes_get_tables_of_their_own_stretched_as_published() -> None:
+    """0.5 at 256 px and 1.0 at 512 px: twice the side, twice the scale, the same range of positions."""
+    made_for = _network(input_size=(2, 8, 8), space_scale=1.0)
+    other = _network(input_size=(5, 4, 4), space_scale=0.5)
     other.load_state_dict(
         {name: tensor for name, tensor in made_for.state_dict().items() if not name.startswith("pos_embed")},
         strict=False,
     )
-    given = _given(size=(2, 6, 4))
+    given = _given(size=(2, 8, 8))
     assert torch.equal(made_for(**given), other(**given))
 
 
