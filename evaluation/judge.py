@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from evaluation import preference
+from evaluation import dimensions, preference
 from evaluation.gates import judge
 from evaluation.reconstruction import WEIGHTS, reconstruction_metrics
 from evaluation.report import Protocol, Report
@@ -92,7 +92,10 @@ def _vbench(result: VBenchResult) -> Found:
     scores = {f"vbench/{name}": score for name, score in result.scores.items()}
     absent = {f"vbench/{name}": reason for name, reason in result.absent.items()}
     total = f"{len(absent)} of its 16 dimensions are absent, and a total of the others would not be VBench's"
-    return scores, {**absent, "vbench/total": total} if absent else absent
+    if absent:
+        return scores, {**absent, "vbench/total": total}
+    summed = dimensions.total(result.scores)
+    return {**scores, **{f"vbench/{name}": value for name, value in asdict(summed).items()}}, {}
 
 
 def _preference(call: Call) -> Found:

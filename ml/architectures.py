@@ -1,12 +1,14 @@
-"""Hyper-parameters of every network, under the names that Open-Sora gives them, with the released values as defaults.
+"""Hyper-parameters of every network under Open-Sora's names; a transformer's defaults are its original class's.
 
 A recipe's `model` and `autoencoder` sections are these classes, and the networks are built from them:
 `STDiT3(depth=28, hidden_size=1152)` and `model: {kind: stdit3, depth: 28, hidden_size: 1152}` say the same. Sizes that
 follow from other sections (`in_channels`, `caption_channels`, token lengths) are set by the recipe (`Recipe.network`).
+Released values that are not the original's defaults stand in the recipes (`ml/recipes`).
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -16,8 +18,20 @@ from ml.section import Fraction, Positive, PositiveFloat, Section
 Source = Literal["auto", "opensora", "opensora_4ch", "opensora_ends", "pixart_alpha", "pixart_sigma", "flux"]
 Conditioning = Literal["none", "mask", "embed", "channels"]
 Freeze = Literal["not_temporal", "text"]
-Patch = tuple[Literal[1], Positive, Positive]
+Patch = tuple[Positive, Positive, Positive]
 SixFlags = Annotated[tuple[bool, ...], Field(min_length=6, max_length=6)]
+
+Made = TypeVar("Made", bound=Section)
+
+# What the original's builders, its configuration files and Hugging Face's bookkeeping pass along with the
+# hyper-parameters. None of it changes a number here: a network has the dtype and device it is moved to.
+RUNTIME = (
+    *("type", "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"),
+    *("from_pretrained", "force_huggingface", "cache_dir", "strict_load", "adapt_16ch"),
+    *("dtype", "torch_dtype", "device_map", "enable_flashattn"),
+)
+# The original's builders that fix sizes other than the defaults (om/stdit/stdit3.py, 1.2 and 1.3).
+BUILDERS: dict[str, dict[str, int]] = {"STDiT3-3B/2": {"hidden_size": 1872, "num_heads": 26}}
 
 # --- transformers -------------------------------------------------------------------------------------------------
 
@@ -54,7 +68,7 @@ class STDiT(SpatialTemporal):
     """Open-Sora 1.0; `space_scale` and `time_scale` stretch the sinusoidal positions (0.5 at 256 px, 1 at 512 px)."""
 
     kind: Literal["stdit"] = "stdit"
-    input_size: tuple[Positive, Positive, Positive] = (16, 32, 32)
+    input_size: tuple[Positive, Positive, Positive] = (1, 32, 32)
     no_temporal_pos_emb: bool = False
     model_max_length: Positive = 120
     space_scale: PositiveFloat = 1.0
@@ -72,11 +86,11 @@ class STDiT2(SpatialTemporal):
 
     kind: Literal["stdit2"] = "stdit2"
     input_size: tuple[Positive | None, Positive | None, Positive | None] = (None, None, None)
-    input_sq_size: Positive = 512
+    input_sq_size: Positive = 32
     no_temporal_pos_emb: bool = False
-    model_max_length: Positive = 200
+    model_max_length: Positive = 120
     freeze: Freeze | None = None
-    qk_norm: bool = True
+    qk_norm: bool = False
     qk_norm_legacy: bool = True
 
     @property
@@ -86,7 +100,11 @@ class STDiT2(SpatialTemporal):
 
 
 class STDiT3(SpatialTemporal):
-    """Open-Sora 1.2, and with `kernel_size` (H, W, T; -1 = the whole axis) the windowed network of 1.3."""
+    """Open-Sora 1.2, and with `kernel_size` (H, W, T; -1 = the whole axis) the windowed network of 1.3.
+
+    `cond_embed` = the embedders of given latents and their mask, which every network of 1.3 has and none of 1.2; None
+    follows `kernel_size`. It stands beside it because 1.3 also trained without windows (its image model).
+    """
 
     kind: Literal["stdit3"] = "stdit3"
     input_size: tuple[Positive | None, Positive | None, Positive | None] = (None, None, None)
@@ -96,6 +114,7 @@ class STDiT3(SpatialTemporal):
     qk_norm: bool = True
     qk_norm_legacy: bool = False
     kernel_size: tuple[int, int, int] | None = None
+    cond_embed: bool | None = None
     use_spatial_rope: bool = False
     only_train_temporal: bool = False
     freeze_y_embedder: bool = False
@@ -113,9 +132,14 @@ class STDiT3(SpatialTemporal):
         return self
 
     @property
+    def embeds_condition(self) -> bool:
+        """Whether given latents and their mask have embedders of their own, as in 1.3."""
+        return self.kernel_size is not None if self.cond_embed is None else self.cond_embed
+
+    @property
     def conditioning(self) -> Conditioning:
         """1.2 marks clean frames; 1.3 embeds the given latents and their mask."""
-        return "mask" if self.kernel_size is None else "embed"
+        return "embed" if self.embeds_condition else "mask"
 
 
 class MMDiT(Section):
@@ -129,15 +153,15 @@ class MMDiT(Section):
     mlp_ratio: PositiveFloat = 4.0
     num_heads: Positive = 24
     depth: Positive = 19
-    depth_single_blocks: Positive = 38
+    depth_single_blocks: Annotated[int, Field(ge=0)] = 38
     axes_dim: tuple[Positive, Positive, Positive] = (16, 56, 56)
     theta: PositiveFloat = 10_000.0
     qkv_bias: bool = True
     guidance_embed: bool = False
-    cond_embed: bool = True
-    fused_qkv: bool = False
+    cond_embed: bool = False
+    fused_qkv: bool = True
     patch_size: Positive = 2
-    use_liger_rope: bool = True
+    use_liger_rope: bool = False
     grad_ckpt_settings: tuple[int, int] | None = None
 
     @model_validator(mode="after")
@@ -162,6 +186,28 @@ class MMDiT(Section):
 
 Model = Annotated[STDiT | STDiT2 | STDiT3 | MMDiT, Field(discriminator="kind")]
 
+
+class HyperParameterError(ValueError):
+    """A hyper-parameter that asks a constructor for more than to build a network."""
+
+
+def hyper_of(section: type[Made], hyper: Mapping[str, Any]) -> Made:
+    """The section of a transformer built under the original's names, its builders' and Hugging Face's (`RUNTIME`) too.
+
+    Recipes do not pass here: their sections know hyper-parameters only. `adapt_16ch` means a network of 1.3. Raises
+    HyperParameterError when weights are asked for by `from_pretrained`, ValidationError for unknown names.
+    """
+    if hyper.get("from_pretrained"):
+        raise HyperParameterError(
+            f"from_pretrained={hyper['from_pretrained']!r}: a constructor loads no weights; convert them with "
+            "`opensora weights import` and load its folder with ml.models.networks.load_network"
+        )
+    kept = {name: value for name, value in hyper.items() if name not in RUNTIME}
+    if hyper.get("adapt_16ch") and section is STDiT3:
+        kept = {"cond_embed": True, **kept}
+    return section(**{**BUILDERS.get(str(hyper.get("type")), {}), **kept})
+
+
 # --- autoencoders -------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +231,10 @@ class StableDiffusionNet(Section):
 
 
 class OpenSoraV12Net(Section):
-    """OpenSora-VAE 1.2: a per-frame autoencoder, then a temporal one on its latents, 17 frames at a time."""
+    """OpenSora-VAE 1.2: a per-frame autoencoder, then a temporal one on its latents, 17 frames at a time.
+
+    A `micro_frame_size` of None takes whole clips at once.
+    """
 
     kind: Literal["opensora_v1_2"] = "opensora_v1_2"
     latent_channels: Positive = 4
@@ -197,7 +246,7 @@ class OpenSoraV12Net(Section):
     channel_multipliers: tuple[Positive, ...] = (1, 2, 2, 4)
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     num_groups: Positive = 32
-    micro_frame_size: Positive = 17
+    micro_frame_size: Positive | None = 17
     micro_batch_size: Positive | None = None
 
 
@@ -223,13 +272,23 @@ class OpenSoraV13Net(Section):
 
 
 class HunyuanNet(Section):
-    """The causal 4x8x8 autoencoder of HunyuanVideo, under diffusers' names (`AutoencoderKLHunyuanVideo`)."""
+    """The causal 4x8x8 autoencoder of HunyuanVideo, under diffusers' names (`AutoencoderKLHunyuanVideo`).
+
+    Tiling, where it is switched on, cuts planes above `sample_size` pixels (`use_spatial_tiling`) and clips above
+    `sample_tsize` frames (`use_temporal_tiling`). Open-Sora 2.0 trains and samples with tiles in space only
+    (cfg/diffusion/inference/256px.py and train/image.py, main), and longer clips in one piece.
+    """
 
     kind: Literal["hunyuan"] = "hunyuan"
     latent_channels: Positive = 16
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=4, max_length=4)] = (128, 256, 512, 512)
     layers_per_block: Positive = 2
     norm_num_groups: Positive = 32
+    use_spatial_tiling: bool = True
+    use_temporal_tiling: bool = False
+    sample_size: Positive = 256
+    sample_tsize: Positive = 64
+    tile_overlap_factor: Fraction = 0.25
 
 
 class DCAENet(Section):
@@ -237,6 +296,8 @@ class DCAENet(Section):
 
     The shortcuts average and repeat whole groups of channels: a width divides four times the one before it, and is
     divided by four times the one after it; the latent's channels divide the last width. Two halvings in time.
+    Tiling, where it is switched on, cuts space and time, as both published configurations do
+    (cfg/diffusion/inference and train/high_compression.py, main).
     """
 
     kind: Literal["dc_ae"] = "dc_ae"
@@ -247,6 +308,11 @@ class DCAENet(Section):
     num_vit_stages: Positive = 3
     temporal_downsample: SixFlags = (False, False, False, True, True, False)
     attention_head_dim: Positive = 32
+    use_spatial_tiling: bool = True
+    use_temporal_tiling: bool = True
+    spatial_tile_size: Positive = 256
+    temporal_tile_size: Positive = 32
+    tile_overlap_factor: Fraction = 0.25
 
     @model_validator(mode="after")
     def _shortcuts_fit(self) -> "DCAENet":

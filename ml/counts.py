@@ -62,8 +62,8 @@ def block_flops(model: Model, grid: Grid, text_tokens: int) -> int:
 def token_grid(model: Model, grid: Grid) -> Grid:
     """Tokens along each axis of a latent grid (t, h, w), the last ones filled up where the patch does not divide it."""
     frames, height, width = grid
-    _, down, across = (1, model.patch, model.patch) if isinstance(model, MMDiT) else model.patch_size
-    return frames, math.ceil(height / down), math.ceil(width / across)
+    deep, down, across = (1, model.patch, model.patch) if isinstance(model, MMDiT) else model.patch_size
+    return math.ceil(frames / deep), math.ceil(height / down), math.ceil(width / across)
 
 
 def recomputed_fraction(model: Model, checkpoint_blocks: tuple[int, int]) -> float:
@@ -144,7 +144,7 @@ def _stdit3(model: STDiT3, grid: Grid, text: int) -> Tally:
     if not model.skip_temporal:
         pair += _temporal(model, grid, model.qk_norm, model.kernel_size) + rest
     whole = pair * model.depth + _embedder(model.hidden_size) + _ends(model, grid, text)
-    return whole + _patches(model, rows=0) * 2 if model.kernel_size is not None else whole
+    return whole + _patches(model, rows=0) * 2 if model.embeds_condition else whole
 
 
 def _spatial(model: SpatialTemporal, grid: Grid, norms: bool) -> Tally:

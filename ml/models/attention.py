@@ -160,7 +160,8 @@ def _runs_on(name: str, capability: tuple[int, int]) -> bool:
 
 def _computed_in(x: Tensor) -> torch.dtype:
     """The dtype attention computes in: autocast's where it is on, as torch's own attention does."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    # The meta device, on which only shapes are worked out, knows no autocast.
+    if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 

@@ -5,7 +5,7 @@ pooled text size. Parameters carry the names of the original (om/mmdit/model.py,
 (`fused_qkv: false`) and Flux's weights (`fused_qkv: true`, `use_liger_rope: false`) load strictly.
 """
 
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from einops import rearrange
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ml.architectures import MMDiT as MMDiTSection
+from ml.architectures import hyper_of
 from ml.models.inputs import Inputs
 from ml.models.layers import MLPEmbedder, Modulation, timestep_embedding
 from ml.models.mmdit_blocks import DoubleBlock, FinalLayer, Rope, SingleBlock
+from ml.models.positional import named
 from ml.models.rope import positions, rope_angles
 from ml.models.sequence import PlainSequence, SequenceParallel
 from ml.models.weights import Card, Origin
@@ -24,7 +26,7 @@ TIME_FEATURES = 256
 
 
 class Conditions(TypedDict, total=False):
-    """Further keywords of the forward, under the original's names.
+    """Further arguments of the forward, under the original's names and in its order.
 
     `cond` [B,L,C p p + p p] is the mask and the masked latent, packed (absent or None = nothing is given, where the
     original refuses); `guidance` [B] is for a guidance-distilled network. Others are taken and ignored, as by the
@@ -44,7 +46,7 @@ class MMDiT(nn.Module):
 
     def __init__(self, config: MMDiTSection | None = None, **hyper: Any) -> None:
         super().__init__()
-        self.config = config = config or MMDiTSection(**hyper)
+        self.config = config = config or hyper_of(MMDiTSection, hyper)
         self.checkpoint_blocks = config.grad_ckpt_settings or (0, 0)
         self.sp: SequenceParallel = PlainSequence()
         width, token = config.hidden_size, config.in_channels
@@ -107,7 +109,8 @@ class MMDiT(nn.Module):
         txt_ids: Tensor,
         timesteps: Tensor,
         y_vec: Tensor,
-        **conditions: Unpack[Conditions],
+        *more: Tensor | None,
+        **others: Unpack[Conditions],
     ) -> Tensor:
         """Velocity of the flow for every visual token: [B,L,C p p].
 
@@ -115,6 +118,7 @@ class MMDiT(nn.Module):
         noise), y_vec [B,P] the pooled text, and `Conditions`. Raises ValueError when a distilled network gets no
         guidance.
         """
+        conditions = cast(Conditions, named(tuple(Conditions.__annotations__), more, others))
         vec = self._vec(timesteps, y_vec, conditions.get("guidance"), img.dtype)
         img = self.sp.split(self._embed(img, conditions.get("cond")), dim=1)
         txt = self.sp.split(self.txt_in(txt), dim=1)

@@ -4,6 +4,7 @@ Letters: B batch, C latent channels, t h w latent grid, T S tokens (frames, and 
 tokens. Parameters carry the names of the released weights (om/stdit/stdit2.py, 1.1).
 """
 
+from collections.abc import Mapping
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ml import architectures
 from ml.models.inputs import Inputs
 from ml.models.layers import modulate
+from ml.models.positional import named
 from ml.models.stdit_layers import (
     Attention,
     CaptionEmbedder,
@@ -27,6 +29,7 @@ from ml.models.stdit_layers import (
     SizeEmbedder,
     T2IFinalLayer,
     TimestepEmbedder,
+    check_marked,
     drop_path,
     freeze_parameters,
     initialise,
@@ -48,8 +51,8 @@ class ClipFactsMissing(ValueError):  # noqa: N818  (the house names it so)
 
 
 class ClipFacts(TypedDict, total=False):
-    """What the forward is told of the clips by name, [B] each: frames, height and width in pixels, ar (width / height)
-    and fps. All five are needed.
+    """What the forward is told of the clips, [B] each and in this order: frames, height and width in pixels, ar (width /
+    height) and fps. All five are needed; fewer rows than the latents are repeated, as the original does for guidance.
     """
 
     num_frames: Tensor
@@ -70,7 +73,7 @@ class STDiT2(nn.Module):
 
     def __init__(self, config: architectures.STDiT2 | None = None, **hyper: Any) -> None:
         super().__init__()
-        self.config = config = config or architectures.STDiT2(**hyper)
+        self.config = config = config or architectures.hyper_of(architectures.STDiT2, hyper)
         self.checkpoint_blocks = (0, 0)
         width, patch = config.hidden_size, config.patch_size
         self.pos_embed = PositionEmbedding2D(width)
@@ -105,6 +108,7 @@ class STDiT2(nn.Module):
 
         The aspect ratio is width over height, as in the original's training data (its inference turns it over).
         """
+        check_marked(self.config.patch_size, inputs.active)
         facts: dict[str, float] = {"num_frames": inputs.frames, "height": inputs.height, "width": inputs.width}
         facts |= {"ar": inputs.width / inputs.height} | ({"fps": IMAGE_FPS} if inputs.frames == 1 else {})
         told = {name: torch.full((len(x),), float(fact), device=x.device) for name, fact in facts.items()}
@@ -127,16 +131,18 @@ class STDiT2(nn.Module):
         y: Tensor,
         mask: Tensor | None = None,
         x_mask: Tensor | None = None,
+        *told: Tensor,
         **facts: Unpack[ClipFacts],
     ) -> Tensor:
         """Noise (and the variance's interpolation, when `pred_sigma`) at step `timestep`.
 
         x [B,C,t,h,w], timestep [B] in 0..1000, y [B,1,L,caption channels], mask [B,L] of real text tokens (None = all),
-        x_mask [B,t] True where a frame is being denoised (None = everywhere), and `ClipFacts` -> float32
-        [B,C or 2C,t,h,w]. Positions follow the first clip's pixels. Raises ClipFactsMissing when a fact is missing.
+        x_mask [B,T] True where a frame is being denoised (None = everywhere), and `ClipFacts`, by name or in order ->
+        float32 [B,C or 2C,t,h,w]. Positions follow the first clip's pixels. Raises ClipFactsMissing when a fact is
+        missing.
         """
         config, dtype = self.config, self.x_embedder.proj.weight.dtype
-        frames, tall, wide, aspect, rate = _all_five(facts)
+        frames, tall, wide, aspect, rate = _all_five(named(tuple(ClipFacts.__annotations__), told, facts), len(x))
         space = torch.cat([self.csize_embedder(torch.stack([tall, wide], dim=1)), self.ar_embedder(aspect)], dim=1)
         length = self.fl_embedder(frames) + self.fps_embedder(rate)
         t = self.t_embedder(timestep.to(dtype))
@@ -197,9 +203,9 @@ class STDiT2Block(nn.Module):
         return drop_path(residual, self.drop_path_rate, self.training)
 
 
-def _all_five(facts: ClipFacts) -> tuple[Tensor, ...]:
-    """Facts in the order of `ClipFacts`."""
+def _all_five(facts: Mapping[str, Tensor], batch: int) -> tuple[Tensor, ...]:
+    """Facts in the order of `ClipFacts`, [batch] each."""
     missing = [name for name in ClipFacts.__annotations__ if facts.get(name) is None]
     if missing:
         raise ClipFactsMissing(f"STDiT-2 was not told {', '.join(missing)} of the clips; pass them by name, [B] each")
-    return facts["num_frames"], facts["height"], facts["width"], facts["ar"], facts["fps"]
+    return tuple(facts[name].repeat(batch // len(facts[name])) for name in ClipFacts.__annotations__)

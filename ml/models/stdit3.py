@@ -7,7 +7,7 @@ tokens. Parameters carry the names of the released weights (`OpenSora-STDiT-v3`,
 """
 
 from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ml import architectures
 from ml.models.inputs import Inputs
+from ml.models.positional import named
 from ml.models.stdit3_blocks import Heard, Place, STDiT3Block
 from ml.models.stdit_layers import (
     CaptionEmbedder,
@@ -27,6 +28,7 @@ from ml.models.stdit_layers import (
     SizeEmbedder,
     T2IFinalLayer,
     TimestepEmbedder,
+    check_marked,
     pack_text,
     token_grid,
     unpatchify,
@@ -43,7 +45,7 @@ class STDiT3Error(ValueError):
 
 
 class Conditions(TypedDict, total=False):
-    """What the forward takes by name, as the originals do; `fps`, `height` and `width` are needed.
+    """What the forward takes by name, or up to text_uncond_prob in this order; `fps`, `height` and `width` are needed.
 
     fps, height, width [B], of the clip in frames per second and pixels. Only 1.3: cond [B,C,t,h,w] the given latents
     and zero elsewhere, cond_mask [B,C,t,h,w] 1 where given, mask_index the given frames, y_null as `y` the null text,
@@ -56,11 +58,15 @@ class Conditions(TypedDict, total=False):
     width: Tensor
     cond: Tensor
     cond_mask: Tensor
-    mask_index: Sequence[int] | None
+    mask_index: Sequence[int] | Tensor | None
     y_null: Tensor | None
     text_uncond_prob: float | None
     num_frames: Tensor
     ar: Tensor
+
+
+# What can follow x_mask by position: the original ends there (om/stdit/stdit3.py, 1.3).
+POSITIONAL = tuple(name for name in Conditions.__annotations__ if name not in ("num_frames", "ar"))
 
 
 class STDiT3(nn.Module):
@@ -73,14 +79,14 @@ class STDiT3(nn.Module):
 
     def __init__(self, config: architectures.STDiT3 | None = None, **hyper: Any) -> None:
         super().__init__()
-        config = config or architectures.STDiT3(**hyper)
+        config = config or architectures.hyper_of(architectures.STDiT3, hyper)
         self.config, self.checkpoint_blocks = config, (0, 0)
         width, head_size = config.hidden_size, config.hidden_size // config.num_heads
         windowed = config.kernel_size is not None
         self.pos_embed = PositionEmbedding2D(width)
         self.rope = RotaryTime(rope_size(head_size) if windowed else head_size)
         self.x_embedder = PatchEmbed3D(config.patch_size, config.in_channels, width)
-        if windowed:
+        if config.embeds_condition:
             self.x_embedder_cond = PatchEmbed3D(config.patch_size, config.in_channels, width)
             self.x_embedder_cond_mask = PatchEmbed3D(config.patch_size, config.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -115,12 +121,14 @@ class STDiT3(nn.Module):
         1.3 hears of given frames by `inputs.condition` and `inputs.given` together, both 1.2 and 1.3 of frames that
         stay clean by `inputs.active`. The null text of given frames has the prompt's length, as the original's has.
         """
+        check_marked(self.config.patch_size, inputs.active)
+        check_marked(self.config.patch_size, inputs.given)
         sizes = {"height": inputs.height, "width": inputs.width}
         y, mask = self._text(inputs.text.context, inputs.text.mask)
         named = {name: torch.full((x.shape[0],), float(value), device=x.device) for name, value in sizes.items()}
         named["fps"] = torch.full_like(inputs.fps, IMAGE_FPS) if inputs.frames == 1 else inputs.fps
         call = {"x": x, "timestep": t, "y": y, "mask": mask, "x_mask": inputs.active, **named}
-        if self.config.kernel_size is None or not inputs.given:
+        if not self.config.embeds_condition or not inputs.given:
             return call
         if inputs.condition is None:
             raise STDiT3Error(f"frames {inputs.given} are given but no condition is; pass its mask and latents")
@@ -141,20 +149,25 @@ class STDiT3(nn.Module):
         y: Tensor,
         mask: Tensor | Sequence[int] | None = None,
         x_mask: Tensor | None = None,
-        **conditions: Unpack[Conditions],
+        *more: Any,
+        **others: Unpack[Conditions],
     ) -> Tensor:
         """x [B,C,t,h,w] at timestep [B] (0 to 1000, 1000 is noise) -> float32 [B,2C,t,h,w] (C without `pred_sigma`).
 
         y [B,1,L,caption channels] with mask [B,L] (1 = a real token; fewer rows than y are repeated); with
-        `skip_y_embedder` y [1,sum of lengths,D] and mask the lengths. x_mask [B,t] bool, False where a frame is clean.
+        `skip_y_embedder` y [1,sum of lengths,D] and mask the lengths. x_mask [B,T] bool, False where a frame is clean.
         The others are `Conditions`. Raises STDiT3Error when one that is needed is missing.
         """
-        _check_conditions(conditions, self.config)
+        conditions = cast(Conditions, named(POSITIONAL, more, others))
+        given = _frames(conditions.get("mask_index"))
+        _check_conditions(conditions, given, self.config)
         latent = self._pad_rows(x)
         grid = token_grid(latent.shape, self.config.patch_size)
         t, t0, moment = self._moment(timestep, x_mask, conditions["fps"])
-        heard = self._heard(y, mask, grid[0], conditions)
-        scale = float(conditions["height"][0] * conditions["width"][0]) ** 0.5 / self.config.input_sq_size
+        heard = self._heard((y, mask), _within(given, grid[0]), conditions)
+        # As Python numbers: half precision ends at 65504 pixels.
+        area_px = conditions["height"][0].item() * conditions["width"][0].item()
+        scale = area_px**0.5 / self.config.input_sq_size
         tokens = self._embed(latent, conditions)
         tokens = tokens + self.pos_embed(tokens, grid[1], grid[2], scale, round((grid[1] * grid[2]) ** 0.5))
         place = self._place(grid, scale, tokens)
@@ -199,7 +212,7 @@ class STDiT3(nn.Module):
 
         1.2 rounds the time to the network's dtype first, which matters in half precision; 1.3 does not.
         """
-        if self.config.kernel_size is None:
+        if not self.config.embeds_condition:
             timestep = timestep.to(self._dtype)
         rate = self.fps_embedder(fps.repeat(timestep.shape[0] // fps.shape[0]))
         t = self.t_embedder(timestep) + rate
@@ -208,11 +221,10 @@ class STDiT3(nn.Module):
         t0 = self.t_embedder(torch.zeros_like(timestep)) + rate
         return t, t0, Moment(self.t_block(t), self.t_block(t0), x_mask)
 
-    def _heard(self, y: Tensor, mask: Tensor | Sequence[int] | None, num_frames: int, conditions: Conditions) -> Heard:
-        given = tuple(dict.fromkeys(conditions.get("mask_index") or ()))
-        if any(not 0 <= index < num_frames for index in given):
-            raise STDiT3Error(f"mask_index {given} names frames outside 0 to {num_frames - 1}")
-        dropout, null = conditions.get("text_uncond_prob"), conditions.get("y_null")
+    def _heard(
+        self, text: tuple[Tensor, Tensor | Sequence[int] | None], given: tuple[int, ...], conditions: Conditions
+    ) -> Heard:
+        (y, mask), dropout, null = text, conditions.get("text_uncond_prob"), conditions.get("y_null")
         prompt = self._encode(y, mask, dropout)
         return Heard(prompt, given, self._encode(null, mask, dropout) if given and null is not None else None)
 
@@ -256,7 +268,7 @@ def initialise(network: STDiT3) -> None:
     silent: list[nn.Module] = [network.fps_embedder.mlp[2]]
     for block in network.temporal_blocks:
         silent += [block.get_submodule(name) for name in ("attn.proj", "cross_attn.proj", "mlp.fc2")]
-    if network.config.kernel_size is not None:
+    if network.config.embeds_condition:
         silent += [network.x_embedder_cond, network.x_embedder_cond_mask]
     for module in silent:
         for parameter in module.parameters():
@@ -272,12 +284,28 @@ def freeze(network: STDiT3) -> None:
         network.y_embedder.requires_grad_(False)
 
 
-def _check_conditions(conditions: Conditions, config: architectures.STDiT3) -> None:
+def _check_conditions(conditions: Conditions, given: tuple[int, ...] | None, config: architectures.STDiT3) -> None:
     needed = ["fps", "height", "width"]
-    if conditions.get("mask_index") is not None:
-        if config.kernel_size is None:
-            raise STDiT3Error("only the windowed network (kernel_size) takes mask_index; mark clean frames by x_mask")
-        needed += ["cond", "cond_mask", *(["y_null"] if conditions["mask_index"] else [])]
+    if given is not None:
+        if not config.embeds_condition:
+            raise STDiT3Error(
+                "only a network that embeds its condition (cond_embed, or kernel_size) takes mask_index; mark clean "
+                "frames by x_mask"
+            )
+        needed += ["cond", "cond_mask", *(["y_null"] if given else [])]
     missing = [name for name in needed if conditions.get(name) is None]
     if missing:
         raise STDiT3Error(f"forward needs {', '.join(missing)} too")
+
+
+def _frames(mask_index: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+    """The given frames, each once; None where no condition is told at all."""
+    if mask_index is None:
+        return None
+    return tuple(dict.fromkeys(mask_index.tolist() if isinstance(mask_index, Tensor) else mask_index))
+
+
+def _within(given: tuple[int, ...] | None, num_frames: int) -> tuple[int, ...]:
+    if any(not 0 <= index < num_frames for index in given or ()):
+        raise STDiT3Error(f"mask_index {given} names frames outside 0 to {num_frames - 1}")
+    return given or ()

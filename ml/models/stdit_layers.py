@@ -22,6 +22,10 @@ Rope = tuple[Tensor, Tensor]
 Grid = tuple[int, int, int]
 
 
+class MarkedFramesError(ValueError):
+    """Latent frames marked one by one for a network whose tokens hold several."""
+
+
 class PackedText(NamedTuple):
     """Real text tokens of all samples in one row [sum of lengths, D], and how many belong to each sample."""
 
@@ -290,6 +294,18 @@ def token_grid(shape: torch.Size, patch_size: Grid) -> Grid:
     """Tokens along each axis of a latent [B,C,t,h,w]."""
     frames, height, width = (-(-size // patch) for size, patch in zip(shape[2:], patch_size, strict=True))
     return frames, height, width
+
+
+def check_marked(patch_size: Grid, marked: object) -> None:
+    """Raise MarkedFramesError when latent frames are `marked` (neither None nor empty) and a token holds several.
+
+    A forward's own masks count frames of tokens, as the originals' do; the house marks frames of the latent.
+    """
+    if patch_size[0] > 1 and marked is not None and marked != ():
+        raise MarkedFramesError(
+            f"patch_size {patch_size} joins {patch_size[0]} latent frames in a token, so single ones cannot be given; "
+            "use a patch of one frame, or give none"
+        )
 
 
 def unpatchify(tokens: Tensor, shape: torch.Size, patch_size: Grid, out_channels: int) -> Tensor:

@@ -5,7 +5,7 @@ channels, t h w latent grid.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,12 +21,16 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Grid:
-    """What every network is measured on: keys by bucket, times in 0..1, the seed of the noise, and the process."""
+    """What every network is measured on: keys by bucket, times in 0..1, the seed of the noise, and the process.
+
+    `guidance` is what a guidance-distilled network is told.
+    """
 
     keys: Mapping[Cell, Sequence[str]]
     times: tuple[float, ...]
     seed: int
     process: Process
+    guidance: float | None = None
 
     @property
     def num_latents(self) -> int:
@@ -74,7 +78,7 @@ def _losses(
 ) -> list[list[float]]:
     """A row for each key, a column for each time."""
     batch = latents.load(keys)
-    data, inputs = batch.latents.to(device), _inputs(batch, device)
+    data, inputs = batch.latents.to(device), replace(_inputs(batch, device), guidance=grid.guidance)
     columns = []
     for index, fraction in enumerate(grid.times):
         noise = torch.stack([_noise(data.shape[1:], grid.seed, key, index) for key in keys]).to(device)

@@ -133,6 +133,20 @@ def test_reports_of_another_way_to_sample_do_not_compare(tmp_path, folders, sect
 
 
 @pytest.mark.slow
+def test_a_total_stands_only_beside_all_sixteen_dimensions(tmp_path, folders):
+    document = _vbench()
+    for name in DIMENSIONS:
+        document["dimensions"][name] |= {"status": "real", "score": DIMENSIONS[name].maximum}
+    _json(folders["vbench_report"][0] / "vbench.json", document)
+    preference_report(_call("preference_report", tmp_path, folders))
+    call = _call("report", tmp_path, folders)
+    write_report(call)
+    report = Report.from_json((call.out / "report.json").read_text(encoding="utf-8"))
+    assert report.metrics["vbench/total"] == pytest.approx(1.0)
+    assert report.metrics["vbench/quality"] == report.metrics["vbench/semantic"] == pytest.approx(1.0)
+    assert "vbench/total" not in report.absent
+
+
 def test_the_vbench_step_scores_samples(tmp_path, folders):
     """Slow: runs VBench in its own environment."""
     import av
