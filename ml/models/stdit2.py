@@ -51,8 +51,8 @@ class ClipFactsMissing(ValueError):  # noqa: N818  (the house names it so)
 
 
 class ClipFacts(TypedDict, total=False):
-    """What the forward is told of the clips, [B] each and in this order: frames, height and width in pixels, ar (width /
-    height) and fps. All five are needed; fewer rows than the latents are repeated, as the original does for guidance.
+    """What the forward is told of the clips, [B] each, in this order: frames, height and width in pixels, ar (width /
+    height), fps. All five are needed; where there are fewer than latents they are repeated, as for guidance originally.
     """
 
     num_frames: Tensor
