@@ -37,7 +37,7 @@ def _asset(step: Step) -> dg.AssetsDefinition:
     @dg.asset(
         key=dg.AssetKey(list(step.key)),
         deps=[dg.AssetKey(list(key)) for key in step.upstream],
-        group_name=step.group,
+        group_name=_group(step),
         description=step.description,
         kinds=set(step.kinds),
         owners=[step.owner],
@@ -96,9 +96,14 @@ def _smaller(path: Path) -> bytes:
     return stream.getvalue()
 
 
+def _group(step: Step) -> str:
+    """Part of the walk, one chain of them a recipe (`v2_0_training`), so that recipes stand side by side in the graph."""
+    return step.group if step.recipe is None else f"{step.recipe.name}_{step.group}"
+
+
 def _tags(step: Step) -> dict[str, str]:
     recipe = {"recipe": step.recipe.name, "profile": step.recipe.profile} if step.recipe else {}
-    return {**recipe, "purpose": step.purpose}
+    return {**recipe, "purpose": step.purpose, "part": step.group}
 
 
 def _facts(step: Step) -> dict[str, Any]:

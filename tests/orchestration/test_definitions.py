@@ -104,7 +104,7 @@ def test_new_footage_becomes_a_partition_and_a_run(definitions: dg.Definitions, 
 
 @pytest.mark.filterwarnings("ignore")  # with warnings as errors Dagster would hide a parser that is broken
 def test_a_string_selection_parses_beside_dvc(definitions: dg.Definitions) -> None:
-    selection = dg.AssetSelection.from_string("group:curation")
+    selection = dg.AssetSelection.from_string("group:v2_0_curation")
     keys = selection.resolve(definitions.resolve_asset_graph())
     assert dg.AssetKey(["v2_0", "shots"]) in keys
 
