@@ -97,7 +97,7 @@ def _smaller(path: Path) -> bytes:
 
 
 def _group(step: Step) -> str:
-    """Part of the walk, one chain of them a recipe (`v2_0_training`), so that recipes stand side by side in the graph."""
+    """Part of the walk, one chain of them a recipe (`v2_0_training`): recipes stand side by side in the graph."""
     return step.group if step.recipe is None else f"{step.recipe.name}_{step.group}"
 
 
