@@ -11,6 +11,7 @@ from ml.architectures import (
     AutoencoderNet,
     DCAENet,
     HunyuanNet,
+    HyperParameterError,
     Latent,
     MMDiT,
     Model,
@@ -20,6 +21,7 @@ from ml.architectures import (
     STDiT,
     STDiT2,
     STDiT3,
+    hyper_of,
 )
 
 MODELS: TypeAdapter[Model] = TypeAdapter(Model)
@@ -32,12 +34,21 @@ def test_the_defaults_of_stdit_are_xl_2() -> None:
         assert (made.depth, made.hidden_size, made.num_heads, made.patch) == (28, 1152, 16, 2)
         assert (made.in_channels, made.out_channels) == (4, 8)
         assert made.mlp_ratio == 4.0
-    assert [made.model_max_length for made in (STDiT(), STDiT2(), STDiT3())] == [120, 200, 300]
+    assert [made.model_max_length for made in (STDiT(), STDiT2(), STDiT3())] == [120, 120, 300]
     assert STDiT3(in_channels=16, pred_sigma=False).out_channels == 16
+    assert STDiT().input_size == (1, 32, 32)
+    assert (STDiT2().input_sq_size, STDiT2().qk_norm, STDiT3().input_sq_size, STDiT3().qk_norm) == (
+        32,
+        False,
+        512,
+        True,
+    )
 
 
-def test_the_defaults_of_mmdit_are_the_released_eleven_billion() -> None:
+def test_the_defaults_of_mmdit_are_the_original_s_eleven_billion() -> None:
+    """MMDiTConfig of om/mmdit/model.py, main: a fused network without a condition; recipes state the released one."""
     made = MMDiT()
+    assert (made.cond_embed, made.fused_qkv, made.use_liger_rope, made.guidance_embed) == (False, True, False, False)
     assert (made.depth, made.depth_single_blocks, made.hidden_size, made.num_heads) == (19, 38, 3072, 24)
     assert sum(made.axes_dim) == made.hidden_size // made.num_heads == 128
     assert made.in_channels == 16 * made.patch**2
@@ -50,8 +61,10 @@ def test_the_defaults_of_mmdit_are_the_released_eleven_billion() -> None:
         (STDiT2(), "mask"),
         (STDiT3(), "mask"),
         (STDiT3(kernel_size=(8, 8, -1)), "embed"),
-        (MMDiT(), "channels"),
-        (MMDiT(cond_embed=False), "none"),
+        (STDiT3(cond_embed=True), "embed"),
+        (STDiT3(kernel_size=(8, 8, -1), cond_embed=False), "mask"),
+        (MMDiT(cond_embed=True), "channels"),
+        (MMDiT(), "none"),
     ],
 )
 def test_how_a_network_is_told_of_given_frames_is_its_generation(made: Any, wanted: str) -> None:
@@ -64,7 +77,7 @@ def test_how_a_network_is_told_of_given_frames_is_its_generation(made: Any, want
         (STDiT3, {"use_spatial_rope": True}, "give kernel_size too"),
         (STDiT3, {"kernel_size": (8, 8, -1), "qk_norm_legacy": True}, "never windowed"),
         (STDiT3, {"only_train_temporal": True, "skip_temporal": True}, "leaves nothing to train"),
-        (STDiT, {"patch_size": (2, 2, 2)}, "patch_size"),
+        (STDiT, {"patch_size": (0, 2, 2)}, "patch_size"),
         (MMDiT, {"num_heads": 7}, "num_heads 7 must divide hidden_size 3072"),
         (MMDiT, {"axes_dim": (16, 56, 57)}, "must be even and add up to the head size 128"),
         (MMDiT, {"axes_dim": (15, 57, 56)}, "must be even"),
@@ -91,6 +104,25 @@ def test_every_kind_is_chosen_by_its_name() -> None:
         assert NETS.validate_json(net.model_dump_json()) == net
     with pytest.raises(ValidationError, match="does not match any"):
         MODELS.validate_python({"kind": "dit"})
+
+
+def test_constructors_take_what_builders_and_published_files_pass_along_and_recipes_do_not() -> None:
+    published = {"architectures": ["STDiT3"], "model_type": "STDiT3", "torch_dtype": "float32", "qk_norm": True}
+    built = {"type": "STDiT3-XL/2", "from_pretrained": None, "force_huggingface": True, "enable_flashattn": True}
+    for passed in (published, built):
+        assert hyper_of(STDiT3, {**passed, "depth": 2}) == STDiT3(depth=2)
+        with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+            MODELS.validate_python({"kind": "stdit3", **passed})
+    with pytest.raises(ValidationError, match="widht"):
+        hyper_of(STDiT3, {"widht": 3})
+    assert hyper_of(STDiT3, {"type": "STDiT3-3B/2"}) == STDiT3(hidden_size=1872, num_heads=26)
+    assert hyper_of(STDiT3, {"adapt_16ch": True, "skip_temporal": True}).embeds_condition
+    assert not hyper_of(STDiT3, {"adapt_16ch": False}).embeds_condition
+
+
+def test_a_constructor_asked_for_weights_says_how_to_get_them() -> None:
+    with pytest.raises(HyperParameterError, match=r"from_pretrained='x.pt'.*opensora weights import"):
+        hyper_of(MMDiT, {"from_pretrained": "x.pt"})
 
 
 def test_latents_have_the_released_channels() -> None:

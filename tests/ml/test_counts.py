@@ -15,20 +15,24 @@ from ml.models.inputs import Inputs, Text
 from ml.models.networks import as_denoiser, build_network, num_parameters
 from ml.recipe import Recipe, available
 
+SPLIT = a.MMDiT(cond_embed=True, fused_qkv=False, use_liger_rope=True)
 WINDOWED = a.STDiT3(in_channels=16, kernel_size=(8, 8, -1), use_spatial_rope=True)
 RELEASED = {
-    "v1_0": (a.STDiT(), 759.6e6),
-    "v1_1": (a.STDiT2(), 767.5e6),
+    "v1_0": (a.STDiT(input_size=(16, 32, 32)), 759.6e6),
+    "v1_1": (a.STDiT2(input_sq_size=512, qk_norm=True, model_max_length=200), 767.5e6),
     "v1_2": (a.STDiT3(), 1207.6e6),
     "v1_2 3B": (a.STDiT3(hidden_size=1872, num_heads=26), 3182e6),
     "v1_3": (WINDOWED, 1208.0e6),
-    "v2_0": (a.MMDiT(), 11.89e9),
-    "v2_0 DC-AE": (a.MMDiT(in_channels=128, patch_size=1), 11.89e9),
+    "v2_0": (SPLIT, 11.89e9),
+    "v2_0 DC-AE": (SPLIT.model_copy(update={"in_channels": 128, "patch_size": 1}), 11.89e9),
     "flux": (a.MMDiT(fused_qkv=True, guidance_embed=True, cond_embed=False, use_liger_rope=False), 11.90e9),
 }
 ODD = {
     "stdit2 without norms": a.STDiT2(hidden_size=96, num_heads=4, depth=2, qk_norm=False, pred_sigma=False),
     "stdit3 images": a.STDiT3(hidden_size=96, num_heads=4, depth=2, skip_temporal=True, mlp_ratio=3.0),
+    "stdit3 images of 1.3": a.STDiT3(hidden_size=96, num_heads=4, depth=2, skip_temporal=True, cond_embed=True),
+    "stdit2 two frames": a.STDiT2(hidden_size=96, num_heads=4, depth=2, patch_size=(2, 2, 2)),
+    "mmdit double only": a.MMDiT(hidden_size=128, num_heads=1, depth=1, depth_single_blocks=0, cond_embed=True),
     "stdit wide patches": a.STDiT(hidden_size=96, num_heads=4, depth=2, patch_size=(1, 2, 4)),
     "mmdit without bias": a.MMDiT(hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1, qkv_bias=False),
 }

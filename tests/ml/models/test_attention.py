@@ -241,3 +241,10 @@ def test_what_a_flash_kernel_is_given_and_gives_back(monkeypatch: pytest.MonkeyP
     tokens = _packed(lengths, head)
     assert torch.allclose(packed_attention(*tokens, *lengths), door._packed_sdpa(*tokens, *lengths), atol=1e-12)
     assert sizes <= set(FLASH[name].heads)
+
+
+def test_shapes_are_worked_out_on_the_meta_device() -> None:
+    query = torch.zeros(2, 3, 5, 8, device="meta")
+    assert attention(query, query, query).shape == (2, 3, 5, 8)
+    packed = torch.zeros(5, 3, 8, device="meta")
+    assert packed_attention(packed, packed, packed, [2, 3], [2, 3]).shape == (5, 3, 8)

@@ -26,10 +26,12 @@ SIZES = {
     "depth_single_blocks": 3,
     "axes_dim": (4, 10, 10),
 }
+RELEASED = {"cond_embed": True, "fused_qkv": False, "use_liger_rope": True}
+SIZES |= RELEASED
 VARIANTS = {
-    "released": {},
+    "released": RELEASED,
     "flux": {"fused_qkv": True, "use_liger_rope": False, "guidance_embed": True, "cond_embed": False},
-    "dc-ae": {"in_channels": 128, "patch_size": 1},
+    "dc-ae": {**RELEASED, "in_channels": 128, "patch_size": 1},
 }
 
 
@@ -113,7 +115,7 @@ def test_size_is_11_89_billion() -> None:
     blocks = 19 * (36 * d**2 + 30 * d + 512) + 38 * (15 * d**2 + 11 * d + 256)
     ends = d * (64 + 256 + 768 + 4096 + 68) + 2 * d**2 + 7 * d + (2 * d**2 + 2 * d) + (64 * d + 64)
     with torch.device("meta"):
-        built = MMDiT()
+        built = MMDiT(**RELEASED)
     assert sum(p.numel() for p in built.parameters()) == blocks + ends == 11_891_390_528
 
 
@@ -201,7 +203,7 @@ def test_positions_follow_the_order_of_packing() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_fresh_network_says_nothing_and_ignores_its_condition(fused: bool) -> None:
-    fresh = MMDiT(**SIZES, fused_qkv=fused)
+    fresh = MMDiT(**{**SIZES, "fused_qkv": fused})
     assert (_say(fresh, *_batch()) == 0).all()
     assert (fresh.cond_in.weight == 0).all()
     assert (fresh.cond_in.bias == 0).all()
@@ -211,7 +213,7 @@ def test_both_layouts_start_alike() -> None:
     """From the same seed: fused projections are drawn part by part, each by its own Xavier bound."""
     states = []
     for fused in (False, True):
-        fresh = MMDiT(**SIZES, fused_qkv=fused)
+        fresh = MMDiT(**{**SIZES, "fused_qkv": fused})
         torch.manual_seed(3)
         initialise(fresh)
         states.append(fresh.state_dict())
@@ -237,7 +239,7 @@ def test_no_condition_is_a_condition_of_zeros(network: MMDiT) -> None:
 
 
 def test_a_network_without_a_condition_ignores_it() -> None:
-    built = _random(MMDiT(**SIZES, cond_embed=False))
+    built = _random(MMDiT(**{**SIZES, "cond_embed": False}))
     x, t, inputs = _batch()
     given = replace(inputs, condition=torch.ones(2, 5, 3, 4, 6))
     assert torch.equal(_say(built, x, t, inputs), _say(built, x, t, given))
@@ -260,7 +262,7 @@ def test_every_input_matters_and_rows_do_not_mix(network: MMDiT, argument: str) 
 @pytest.mark.parametrize("half_split", [True, False])
 def test_only_distances_between_positions_count(half_split: bool) -> None:
     """Moving every token, text too, by the same way changes nothing; moving the picture alone does."""
-    built = _random(MMDiT(**SIZES, use_liger_rope=half_split)).double()
+    built = _random(MMDiT(**{**SIZES, "use_liger_rope": half_split})).double()
     x, t, inputs = _batch()
     arguments = built.arguments(x.double(), t.double(), _doubled(inputs))
     way, here = torch.tensor([7, 2, 11]), built(**arguments)
@@ -284,7 +286,7 @@ def test_text_has_no_position(network: MMDiT) -> None:
 def test_checkpointed_blocks_give_the_same_outputs_and_gradients(fused: bool) -> None:
     grads, outputs = [], []
     for settings in (None, (1, 2), (19, 38)):
-        built = _random(MMDiT(**SIZES, fused_qkv=fused, grad_ckpt_settings=settings))
+        built = _random(MMDiT(**{**SIZES, "fused_qkv": fused, "grad_ckpt_settings": settings}))
         assert built.checkpoint_blocks == (settings or (0, 0))
         outputs.append(_say(built, *_batch()))
         outputs[-1].square().mean().backward()
@@ -390,3 +392,19 @@ def test_a_tiny_network_learns_to_tell_texts_apart() -> None:
         losses.append(loss.item())
     assert losses[0] == pytest.approx(1.0)
     assert losses[-1] < 0.1
+
+
+@torch.no_grad()
+def test_conditions_may_follow_by_position_and_others_are_ignored() -> None:
+    built = _random(MMDiT(**SIZES, guidance_embed=True))
+    x, t, inputs = _batch()
+    call = built.arguments(x, t, replace(inputs, guidance=4.0, condition=torch.ones(2, 5, 3, 4, 6)))
+    assert list(call)[-2:] == ["cond", "guidance"]
+    assert torch.equal(built(*call.values()), built(**call))
+    assert torch.equal(built(*call.values(), num_frames=3), built(**call))
+
+
+@torch.no_grad()
+def test_a_network_of_double_blocks_only() -> None:
+    built = _random(MMDiT(**{**SIZES, "depth_single_blocks": 0}))
+    assert _say(built, *_batch()).shape == (2, 4, 3, 4, 6)

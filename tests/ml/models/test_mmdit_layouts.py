@@ -32,7 +32,7 @@ ORIGINAL = {
 
 def _network(fused: bool, half_split: bool, **hyper: object) -> MMDiT:
     torch.manual_seed(0)
-    network = MMDiT(**{**SIZES, "fused_qkv": fused, "use_liger_rope": half_split, **hyper})
+    network = MMDiT(**{**SIZES, "fused_qkv": fused, "use_liger_rope": half_split, "cond_embed": True, **hyper})
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return network.double()
@@ -140,7 +140,7 @@ def test_paper_size_converts_on_the_meta_device() -> None:
             {name: value.shape for name, value in MMDiT(fused_qkv=fused).state_dict().items()}
             for fused in (False, True)
         ]
-        split = MMDiT().state_dict()
+        split = MMDiT(fused_qkv=False).state_dict()
     fused = to_interleaved(fuse_qkv(split, 3072), 24)
     assert {name: value.shape for name, value in fused.items()} == shapes[1]
     back = split_qkv(to_half_split(fused, 24), 3072)

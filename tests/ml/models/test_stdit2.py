@@ -10,10 +10,11 @@ from torch import Tensor
 from ml import architectures
 from ml.models.inputs import Inputs, Text, denoise
 from ml.models.stdit2 import ClipFactsMissing, STDiT2
-from ml.models.stdit_layers import Moment, PackedText
+from ml.models.stdit_layers import MarkedFramesError, Moment, PackedText
 from ml.models.weights import Origin
 
 SMALL = {"hidden_size": 24, "depth": 2, "num_heads": 2, "caption_channels": 8, "model_max_length": 5}
+SMALL |= {"qk_norm": True, "input_sq_size": 512}
 FACTS = {"num_frames": 3.0, "height": 32.0, "width": 48.0, "ar": 1.5, "fps": 8.0}
 
 
@@ -127,7 +128,7 @@ def _expected_shapes() -> dict[str, tuple[int, ...]]:
 
 def test_names_and_shapes_are_the_released_ones_and_767_5_million_parameters_learn() -> None:
     with torch.device("meta"):
-        network = STDiT2(architectures.STDiT2())
+        network = STDiT2(architectures.STDiT2(input_sq_size=512, qk_norm=True, model_max_length=200))
     assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == _expected_shapes()
     # Buffers (null caption, rotary frequencies) are not counted; with them it is 768.3 million.
     assert sum(parameter.numel() for parameter in network.parameters()) == 767_452_064
@@ -232,6 +233,42 @@ def test_legacy_order_of_rope_and_norm_is_the_default_and_matters() -> None:
     other.load_state_dict(legacy.state_dict())
     given = _given()
     assert not torch.allclose(legacy(**given), other(**given), atol=1e-4)
+
+
+@torch.no_grad()
+def test_facts_of_a_batch_serve_the_doubled_batch_of_guidance() -> None:
+    """The original doubles latents, times and texts and passes [B] facts, which its embedders repeat."""
+    network, given = _network().eval(), {name: torch.cat([tensor, tensor[:1]]) for name, tensor in _given().items()}
+    told = {name: torch.tensor([first, first + 2, 3 * first]) for name, first in FACTS.items()}
+    twice = {name: given[name].repeat(2, *[1] * (given[name].ndim - 1)) for name in ("x", "timestep", "y", "mask")}
+    twice["x_mask"] = torch.tensor([[True, False, True]] * 6)
+    out = network(**twice, **told)
+    assert torch.equal(out, network(**twice, **{name: fact.repeat(2) for name, fact in told.items()}))
+    assert out.shape[0] == 6
+    assert not torch.allclose(out, network(**twice, **{name: fact.flip(0) for name, fact in told.items()}), atol=1e-3)
+
+
+@torch.no_grad()
+def test_facts_may_follow_by_position() -> None:
+    network, given = _network().eval(), _given()
+    first = [given[name] for name in ("x", "timestep", "y", "mask")]
+    facts = [given[name] for name in ("num_frames", "height", "width", "ar", "fps")]
+    assert torch.equal(network(*first, None, *facts), network(**given))
+    with pytest.raises(TypeError, match="fps by position and by name"):
+        network(*first, None, *facts, fps=given["fps"])
+
+
+@torch.no_grad()
+def test_tokens_of_two_frames() -> None:
+    network, given = _network(patch_size=(2, 2, 2)).eval(), _given((3, 4, 6))
+    out = network(**given, x_mask=torch.tensor([[True, False]] * 2))
+    assert out.shape == (2, 8, 3, 4, 6)
+    padded = network(**{**given, "x": torch.nn.functional.pad(given["x"], (0, 0, 0, 0, 0, 1))})
+    torch.testing.assert_close(padded[:, :, :3], network(**given))
+    text = Text(given["y"][:, 0], torch.zeros(2, 1), given["mask"])
+    inputs = Inputs(text, 32, 48, 3, torch.full((2,), 8.0), active=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(MarkedFramesError, match="joins 2 latent frames"):
+        network.arguments(given["x"], given["timestep"], inputs)
 
 
 def test_odd_sizes_are_padded_and_cropped() -> None:

@@ -64,7 +64,7 @@ def test_another_network_is_refused_quickly(official: Make, target: Make, state:
 def test_weights_that_cannot_be_split_are_refused_not_raised(official: Make, target: Make) -> None:
     small: dict[str, Any] = {"vec_in_dim": 4, "context_in_dim": 4, "num_heads": 2, "depth": 1, "depth_single_blocks": 1}
     flux = architectures.MMDiT(**small, hidden_size=16, axes_dim=(4, 2, 2), fused_qkv=True, use_liger_rope=False)
-    config = architectures.MMDiT(**small, hidden_size=32, axes_dim=(4, 6, 6))
+    config = architectures.MMDiT(**small, hidden_size=32, axes_dim=(4, 6, 6), cond_embed=True, fused_qkv=False)
     report = check(official(MMDiT(flux).state_dict()), target(MMDiT(config), config)).report
     block = [entry for entry in report.having("refused") if entry.name == "double_blocks.0.img_attn.qkv.weight"]
     assert "do not fit a width of 32" in block[0].how
@@ -74,7 +74,8 @@ def test_weights_that_cannot_be_split_are_refused_not_raised(official: Make, tar
 def test_blocks_are_read_one_after_the_other(official: Make, target: Make) -> None:
     small: dict[str, Any] = {"vec_in_dim": 4, "context_in_dim": 4, "num_heads": 2, "depth": 2, "depth_single_blocks": 2}
     flux = architectures.MMDiT(**small, hidden_size=16, axes_dim=(4, 2, 2), fused_qkv=True, use_liger_rope=False)
-    config = architectures.MMDiT(**small, hidden_size=16, axes_dim=(4, 2, 2))
+    split = {"cond_embed": True, "fused_qkv": False, "use_liger_rope": True}
+    config = architectures.MMDiT(**small, hidden_size=16, axes_dim=(4, 2, 2), **split)
     opened: Official = official(MMDiT(flux).state_dict())
     read: list[str] = []
     watched = Official(opened.path, (), opened.headers, (), lambda name: (read.append(name), opened.read(name))[1])

@@ -20,6 +20,7 @@ from ml.models.weights import Card, Origin
 
 ORIGIN = Origin("mine", "released")
 SMALL: dict[str, Any] = {"depth": 2, "hidden_size": 24, "num_heads": 2, "caption_channels": 8, "model_max_length": 4}
+RELEASED: dict[str, Any] = {"cond_embed": True, "fused_qkv": False, "use_liger_rope": True}
 FLUX: dict[str, Any] = {
     "in_channels": 16,
     "vec_in_dim": 4,
@@ -36,7 +37,7 @@ NETWORKS: list[tuple[Any, Any]] = [
     (STDiT2, architectures.STDiT2(**SMALL)),
     (STDiT3, architectures.STDiT3(**SMALL)),
     (STDiT3, architectures.STDiT3(**SMALL, in_channels=16, kernel_size=(8, 8, -1), use_spatial_rope=True)),
-    (MMDiT, architectures.MMDiT(**FLUX)),
+    (MMDiT, architectures.MMDiT(**FLUX, **RELEASED)),
 ]
 AUTOENCODERS: list[Any] = [
     architectures.StableDiffusionNet(**TINY),
@@ -99,7 +100,7 @@ def test_flux_leaves_as_it_came_from_any_layout_of_ours(
     official: Make, target: Make, fused: bool, halves: bool
 ) -> None:
     flux = architectures.MMDiT(**FLUX, fused_qkv=True, use_liger_rope=False, cond_embed=False)
-    config = architectures.MMDiT(**FLUX, fused_qkv=fused, use_liger_rope=halves)
+    config = architectures.MMDiT(**FLUX, fused_qkv=fused, use_liger_rope=halves, cond_embed=True)
     state = released(MMDiT(flux), torch.bfloat16)
     assert identical(round_trip(official, target, (state, MMDiT(config), config), "flux"), state)
 
@@ -107,16 +108,16 @@ def test_flux_leaves_as_it_came_from_any_layout_of_ours(
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("halves", [False, True])
 def test_2_0_is_exported_split_and_in_halves_from_any_layout(official: Make, fused: bool, halves: bool) -> None:
-    config = architectures.MMDiT(**FLUX, fused_qkv=fused, use_liger_rope=halves)
+    config = architectures.MMDiT(**FLUX, fused_qkv=fused, use_liger_rope=halves, cond_embed=True)
     made = export(official(released(MMDiT(config), torch.float32)), card_of(config), "opensora")
-    wanted = MMDiT(architectures.MMDiT(**FLUX)).state_dict()
+    wanted = MMDiT(architectures.MMDiT(**FLUX, **RELEASED)).state_dict()
     assert {name: header.shape for name, header in made.headers.items()} == {
         n: tuple(t.shape) for n, t in wanted.items()
     }
 
 
 def test_a_trained_condition_goes_along_and_a_silent_one_stays(official: Make) -> None:
-    config = architectures.MMDiT(**FLUX)
+    config = architectures.MMDiT(**FLUX, **RELEASED)
     trained = released(MMDiT(config), torch.float32)
     silent = {name: torch.zeros_like(t) if name.startswith("cond_in") else t for name, t in trained.items()}
     kept, left = (export(official(state), card_of(config), "flux") for state in (trained, silent))
@@ -151,7 +152,7 @@ def test_a_layout_that_a_network_does_not_have_is_refused(official: Make, config
 
 
 def test_weights_that_contradict_their_card_are_refused(official: Make) -> None:
-    config = architectures.MMDiT(**FLUX)
+    config = architectures.MMDiT(**FLUX, **RELEASED)
     state = MMDiT(config).state_dict()
     del state["double_blocks.0.img_attn.k_proj.weight"]
     with pytest.raises(OfficialError, match="cannot be exported"):

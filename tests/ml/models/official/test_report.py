@@ -17,6 +17,7 @@ from ml.models.stdit3 import STDiT3
 SMALL: dict[str, Any] = {"depth": 1, "hidden_size": 24, "num_heads": 2, "caption_channels": 8}
 WINDOWS: dict[str, Any] = {"in_channels": 16, "kernel_size": (8, 8, -1), "use_spatial_rope": True}
 FLUX: dict[str, Any] = {"vec_in_dim": 4, "context_in_dim": 4, "depth": 1, "depth_single_blocks": 1}
+FLUX |= {"cond_embed": True, "fused_qkv": False, "use_liger_rope": True}
 CONFIGS: dict[str, Any] = {
     "v1_0": architectures.STDiT(**SMALL),
     "v1_1": architectures.STDiT2(**SMALL),

@@ -19,6 +19,7 @@ from ml.models.stdit3 import STDiT3
 
 WIDTH, TEXT = 48, 32
 SMALL: dict[str, Any] = {"depth": 2, "hidden_size": WIDTH, "num_heads": 2, "caption_channels": TEXT}
+RELEASED: dict[str, Any] = {"cond_embed": True, "fused_qkv": False, "use_liger_rope": True}
 FLUX: dict[str, Any] = {
     "in_channels": 16,
     "vec_in_dim": 12,
@@ -132,7 +133,7 @@ def test_pixart_alpha_becomes_the_spatial_half_of_stdit(official: Make, target: 
 
 
 def test_pixart_alpha_starts_stdit2_with_a_longer_caption(official: Make, target: Make) -> None:
-    config = architectures.STDiT2(**SMALL)
+    config = architectures.STDiT2(**SMALL, model_max_length=200)
     state = pixart(120)
     checked = check(official(state), target(STDiT2(config), config))
     assert checked.report.fits, checked.report
@@ -240,7 +241,7 @@ def test_flux_weights_answer_the_same_in_every_layout(official: Make, target: Ma
 
 def test_flux_weights_start_with_a_condition_of_zero(official: Make, target: Make) -> None:
     flux = architectures.MMDiT(**FLUX, fused_qkv=True, use_liger_rope=False, cond_embed=False)
-    config = architectures.MMDiT(**FLUX)
+    config = architectures.MMDiT(**FLUX, **RELEASED)
     checked = check(official(MMDiT(flux).state_dict()), target(MMDiT(config), config))
     assert checked.initialised == ("cond_in.weight", "cond_in.bias")
     split = checked.arrived["double_blocks.0.txt_attn.k_proj.bias"]
@@ -249,8 +250,8 @@ def test_flux_weights_start_with_a_condition_of_zero(official: Make, target: Mak
 
 
 def test_a_release_of_2_0_turns_to_pairs_for_a_network_without_halves(official: Make, target: Make) -> None:
-    released = randomised(MMDiT(architectures.MMDiT(**FLUX)))
-    config = architectures.MMDiT(**FLUX, use_liger_rope=False)
+    released = randomised(MMDiT(architectures.MMDiT(**FLUX, **RELEASED)))
+    config = architectures.MMDiT(**{**FLUX, **RELEASED, "use_liger_rope": False})
     network = MMDiT(config).eval()
     network.load_state_dict(dict(check(official(released.state_dict()), target(network, config)).tensors()))
     cond = torch.zeros(1, 8, network.state_dict()["cond_in.weight"].shape[1])
@@ -289,7 +290,7 @@ def test_attention_has_its_present_names(official: Make, target: Make, prefix: s
 def test_a_source_that_starts_no_such_network_is_refused_with_those_that_do(
     official: Make, target: Make, source: Any
 ) -> None:
-    second, flux = architectures.STDiT2(**SMALL), architectures.MMDiT(**FLUX)
+    second, flux = architectures.STDiT2(**SMALL), architectures.MMDiT(**FLUX, **RELEASED)
     network, config = (MMDiT(flux), flux) if source != "flux" else (STDiT2(second), second)
     takes = "opensora, flux" if source != "flux" else "opensora, pixart_alpha, pixart_sigma"
     with pytest.raises(OfficialError, match=f"source {source} starts no {config.kind}; mine takes {takes}"):
