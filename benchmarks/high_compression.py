@@ -50,8 +50,9 @@ def config(side: Side, shrink: int, depth: tuple[int, int] = (2, 4)) -> architec
     axes = (head // 8, head * 7 // 16, head * 7 // 16)
     sizes = {"hidden_size": width, "num_heads": width // head, "axes_dim": axes, "patch_size": side.patch}
     blocks = {"depth": depth[0], "depth_single_blocks": depth[1]}
+    released = {"cond_embed": True, "fused_qkv": False, "use_liger_rope": True}
     given = {"in_channels": side.channels * side.patch**2, "context_in_dim": 4096 // shrink}
-    return architectures.MMDiT.model_validate({**sizes, **blocks, **given})
+    return architectures.MMDiT.model_validate({**sizes, **blocks, **released, **given})
 
 
 def flop_ratio(sides: tuple[Side, Side], shrink: int, depth: tuple[int, int] = (2, 4)) -> float:

@@ -31,6 +31,7 @@ SIZES |= RELEASED
 VARIANTS = {
     "released": RELEASED,
     "flux": {"fused_qkv": True, "use_liger_rope": False, "guidance_embed": True, "cond_embed": False},
+    "double only": {**RELEASED, "depth_single_blocks": 0},
     "dc-ae": {**RELEASED, "in_channels": 128, "patch_size": 1},
 }
 
@@ -392,19 +393,3 @@ def test_a_tiny_network_learns_to_tell_texts_apart() -> None:
         losses.append(loss.item())
     assert losses[0] == pytest.approx(1.0)
     assert losses[-1] < 0.1
-
-
-@torch.no_grad()
-def test_conditions_may_follow_by_position_and_others_are_ignored() -> None:
-    built = _random(MMDiT(**SIZES, guidance_embed=True))
-    x, t, inputs = _batch()
-    call = built.arguments(x, t, replace(inputs, guidance=4.0, condition=torch.ones(2, 5, 3, 4, 6)))
-    assert list(call)[-2:] == ["cond", "guidance"]
-    assert torch.equal(built(*call.values()), built(**call))
-    assert torch.equal(built(*call.values(), num_frames=3), built(**call))
-
-
-@torch.no_grad()
-def test_a_network_of_double_blocks_only() -> None:
-    built = _random(MMDiT(**{**SIZES, "depth_single_blocks": 0}))
-    assert _say(built, *_batch()).shape == (2, 4, 3, 4, 6)

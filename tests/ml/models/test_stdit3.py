@@ -12,7 +12,7 @@ from torch import Tensor
 from ml.architectures import STDiT3 as STDiT3Section
 from ml.models.inputs import Inputs, Text, denoise
 from ml.models.stdit3 import IMAGE_FPS, STDiT3, STDiT3Error
-from ml.models.stdit_layers import MarkedFramesError, PackedText
+from ml.models.stdit_layers import PackedText
 from ml.models.weights import Origin
 
 TINY: dict[str, Any] = {"hidden_size": 48, "depth": 2, "num_heads": 4, "caption_channels": 10, "model_max_length": 7}
@@ -268,42 +268,6 @@ def test_pixels_are_multiplied_as_numbers_whatever_their_dtype() -> None:
     out = network(**_call(**wide))
     for dtype in (torch.float16, torch.bfloat16, torch.int16):
         assert torch.equal(network(**_call(**{name: pixels.to(dtype) for name, pixels in wide.items()})), out)
-
-
-@torch.no_grad()
-def test_conditions_may_follow_by_position_and_frames_as_a_tensor() -> None:
-    network, call, given = _network(**WINDOWED), _call(), _given([0, 2])
-    out = network(**call, **given)
-    first = [call[name] for name in ("x", "timestep", "y", "mask")]
-    rest = [{**call, **given}[name] for name in ("fps", "height", "width", "cond", "cond_mask", "mask_index", "y_null")]
-    assert torch.equal(network(*first, None, *rest), out)
-    assert torch.equal(network(**call, **{**given, "mask_index": torch.tensor([0, 2])}), out)
-    nothing = network(**call, **{**given, "mask_index": torch.tensor([], dtype=torch.int64)})
-    assert torch.equal(nothing, network(**call, **{**given, "mask_index": []}))
-
-
-@torch.no_grad()
-def test_the_image_model_of_1_3_embeds_its_condition_without_windows() -> None:
-    """It has 1.3's names and, as 1.3, does not round the time: 999 is 1000 to 1.2 in bfloat16."""
-    image, windowed = _network(skip_temporal=True, cond_embed=True), _network(**WINDOWED, skip_temporal=True)
-    assert image.state_dict().keys() == windowed.state_dict().keys()
-    call, given = _call(), _given([1])
-    assert not torch.allclose(image(**call, **given), image(**call), atol=1e-3)
-    times = {name: _call(timestep=torch.full((2,), number)) for name, number in (("odd", 999.0), ("even", 1000.0))}
-    odd, even = (image.bfloat16()(**times[name]) for name in ("odd", "even"))
-    assert not torch.equal(odd, even)
-    older = _network(skip_temporal=True).bfloat16()
-    assert torch.equal(older(**times["odd"]), older(**times["even"]))
-    fresh = STDiT3(**TINY, cond_embed=True)
-    assert not any(parameter.any() for parameter in fresh.x_embedder_cond.parameters())
-
-
-@torch.no_grad()
-def test_tokens_of_two_frames() -> None:
-    network, call = _network(patch_size=(2, 2, 2)), _call()
-    assert network(**call, x_mask=torch.tensor([[True, False]] * 2)).shape == (2, 8, 3, 6, 10)
-    with pytest.raises(MarkedFramesError, match="joins 2 latent frames"):
-        network.arguments(call["x"], call["timestep"], _inputs(active=torch.ones(2, 3, dtype=torch.bool)))
 
 
 def test_freezing_and_image_models() -> None:
