@@ -20,7 +20,7 @@ PER_CHANNEL = ("opensora_v1_2", "opensora_v1_3")
 
 
 def open_autoencoder(recipe: Recipe, folder: Path) -> VideoAutoencoder:
-    """The frozen autoencoder of a step folder, trained or imported, which tiles large inputs to bound memory.
+    """The frozen autoencoder of a step folder, trained or imported, which tiles large inputs as its section says.
 
     Raises CheckpointMismatch for another recipe's.
     """

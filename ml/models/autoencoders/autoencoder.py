@@ -5,8 +5,9 @@ what the network gives; latents are normalised, (z - mean) / std * scale, so tha
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,15 @@ class VideoAutoencoder(nn.Module):
     latent_channels: int
     temporal_stride: int
     spatial_stride: int
+    # The smallest height and width that halving leaves a cell of.
+    least_side_px = 1
+    # What released files put before every name of `net`.
+    released_prefix = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        hook: Callable[..., Any] = self.register_load_state_dict_pre_hook
+        hook(_under_net)
 
     def forward(self, video: Tensor, generator: torch.Generator | None = None) -> Passed:
         """Training form of a video [B,3,T,H,W]: a posterior sample is decoded."""
@@ -49,7 +59,7 @@ class VideoAutoencoder(nn.Module):
 
     @abstractmethod
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and log variance (None without one) of raw z, [B,C,t,h,w]; ValueError when strides do not fit."""
+        """Mean and log variance (None without one) of raw z, [B,C,t,h,w]; ValueError when it cannot be encoded."""
 
     @abstractmethod
     def rebuild(self, z: Tensor, frames: int) -> Tensor:
@@ -57,11 +67,17 @@ class VideoAutoencoder(nn.Module):
 
     @abstractmethod
     def latent_frames(self, frames: int) -> int:
-        """Latent frames t of T frames; ValueError when T cannot be encoded."""
+        """Latent frames t of T frames; ValueError when T cannot be encoded.
+
+        A network may encode more lengths than come back whole, and than a recipe takes (`ml.shapes.Strides`).
+        """
 
     @abstractmethod
     def tile(self, enabled: bool) -> None:
-        """Switch tiling: large inputs are cut into blended tiles, which bounds memory and changes results a little."""
+        """Switch tiling: large inputs are cut into blended tiles, which bounds memory and changes results a little.
+
+        What is cut, and where a network has hyper-parameters for that, they decide.
+        """
 
     @abstractmethod
     def initialise(self) -> None:
@@ -79,14 +95,30 @@ class VideoAutoencoder(nn.Module):
     def decode(self, latent: Tensor, frames: int | None = None) -> Tensor:
         """Video [B,3,T,H,W] of a latent [B,C,t,h,w]; values may leave [-1,1] a little: clamp before saving.
 
-        `frames` is T; None is the longest clip with so many latent frames.
+        `frames` is T; None is what the original gives (`shown`).
         """
         mean, std = self._statistics(latent)
-        return self.rebuild(latent / self.latent.scale * std + mean, frames or self.longest(latent.shape[2]))
+        return self.rebuild(latent / self.latent.scale * std + mean, frames or self.shown(latent.shape[2]))
+
+    def shown(self, latent_frames: int) -> int:
+        """Frames that are decoded where their number is not said: the longest clip."""
+        return self.longest(latent_frames)
 
     def longest(self, latent_frames: int) -> int:
-        """The longest clip that has so many latent frames."""
-        return max(n for n in range(1, latent_frames * self.temporal_stride + 1) if self._has(n, latent_frames))
+        """The longest clip that comes back from so many latent frames; ValueError when there is none."""
+        lengths = [n for n in range(1, latent_frames * self.temporal_stride + 1) if self._has(n, latent_frames)]
+        if not lengths:
+            raise ValueError(f"cannot decode {latent_frames} latent frames: no clip has so many")
+        return lengths[-1]
+
+    def admit(self, video: Tensor) -> None:
+        """Raise ValueError for a video [B,3,T,H,W] that the network cannot encode; strides need not divide it."""
+        self.latent_frames(video.shape[2])
+        height, width = video.shape[3:]
+        if min(height, width) < self.least_side_px:
+            raise ValueError(
+                f"cannot encode {height}x{width}: height and width must be {self.least_side_px} pixels at least"
+            )
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of a clip; raises ValueError when the strides do not divide it."""
@@ -116,3 +148,13 @@ def draw(mean: Tensor, logvar: Tensor | None, generator: torch.Generator | None)
         return mean
     noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + (0.5 * logvar).exp() * noise
+
+
+def _under_net(module: VideoAutoencoder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Take a file under released names: they are those of `net`."""
+    names = [name for name in state if name.startswith(prefix)]
+    if any(name.startswith(f"{prefix}net.") for name in names):
+        return
+    for name in names:
+        released = name.removeprefix(prefix).removeprefix(module.released_prefix)
+        state[f"{prefix}net.{released}"] = state.pop(name)

@@ -2,9 +2,10 @@
 
 Letters: B batch, C latent channels, T frames, H W pixels, t h w latent grid, t = T/4 (a picture: 1), h = H/32,
 w = W/32. Videos are in [-1, 1]. Names of parameters are the released ones (om/dc_ae/models/dc_ae.py, main). The
-original gives one frame for any latent of one frame, so that a clip of four comes back as a picture, and so does a
-clip whose last tile in time has one; here the number of frames asked for decides. Latents of generation are divided by
-0.493 (cfg/diffusion/train/high_compression.py, main): `Latent(std=(0.493,))`.
+original gives one frame for any latent of one frame, so that a clip of four comes back as a picture; so it is here
+unless frames are asked for. Where the last tile in time has one latent, the original's clip ends short, and ours does
+not. Latents of generation are divided by 0.493 (cfg/diffusion/train/high_compression.py, main):
+`Latent(std=(0.493,))`.
 """
 
 from collections.abc import Iterable
@@ -29,15 +30,11 @@ from ml.models.autoencoders.dc_ae_layers import (
     Up,
     average,
 )
-from ml.models.autoencoders.tiles import Tiling, tiled
+from ml.models.autoencoders.original_names import read
+from ml.models.autoencoders.tiles import Tiling, cut, tiled
 
 STRIDES: Triple = (4, 32, 32)
 SHRINK = (Fraction(1, 4), Fraction(1, 32), Fraction(1, 32))
-# Tiles of 32 frames and 256 px, a quarter of it shared (DCAEConfig, main), and the same in latent cells.
-TILE: Triple = (32, 256, 256)
-SHARED: Triple = (8, 64, 64)
-LATENT_TILE: Triple = (8, 8, 8)
-LATENT_SHARED: Triple = (2, 2, 2)
 LAST = "decoder.project_out.op_list.2.conv.weight"
 
 # Where training from nothing starts: how strong colours and the constant beside them are, and what else is drawn.
@@ -47,30 +44,38 @@ BRANCH_STD, BRANCH_GAIN = 0.005, 0.03
 
 
 class DCAutoencoder(VideoAutoencoder):
-    """Encoder and decoder of `net` (hyper-parameters may be given by name instead: `DCAutoencoder(widths=...)`)."""
+    """Encoder and decoder of `net` (hyper-parameters may be given by name instead: `DCAutoencoder(widths=...)`).
+
+    Fields may have the names of `DC_AE` and `DCAEConfig` (original_names.py). Raises ValueError for tiles that are no
+    whole number of latent cells.
+    """
 
     net: "Network"
 
     def __init__(self, net: DCAENet | None = None, latent: Latent | None = None, **hyper: Any) -> None:
         super().__init__()
-        self.config = net or DCAENet(**hyper)
-        self.latent = latent or Latent()
+        given = read(DCAENet, net, hyper)
+        self.config = given.net
+        self.latent = latent or given.latent or Latent()
         self.latent_channels = self.config.latent_channels
         self.temporal_stride, self.spatial_stride = STRIDES[0], STRIDES[1]
         self.net = Network(self.config)
+        self._tilings = _tilings(self.config)
         self.tiling = False
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor | None]:
         """Raw z of a video [B,3,T,H,W], [B,C,t,h,w], and None; ValueError when strides do not fit."""
-        self.latent_shape(video.shape[2], video.shape[3], video.shape[4])
+        self.latent_shape(*video.shape[2:])
         if not self.tiling:
             return self.net.encoder(video), None
-        return tiled(self.net.encoder, video, Tiling(TILE, SHARED, SHRINK)), None
+        return tiled(self.net.encoder, video, self._tilings[0]), None
 
     def rebuild(self, z: Tensor, frames: int) -> Tensor:
         """Video [B,3,T,H,W] of raw z [B,C,t,h,w]; `frames` tells a picture (1) from a clip of four where t is 1."""
         if self.latent_frames(frames) != z.shape[2]:
             raise ValueError(f"{frames} frames have {self.latent_frames(frames)} latent frames, not {z.shape[2]}")
+        if frames == 2:
+            raise ValueError("cannot decode 2 frames, which are encoded as a picture: ask for 1, or for 4")
 
         def decode(part: Tensor) -> Tensor:
             video: Tensor = self.net.decoder(part, clip=frames > 1)
@@ -78,11 +83,11 @@ class DCAutoencoder(VideoAutoencoder):
 
         if not self.tiling:
             return decode(z)
-        return tiled(decode, z, Tiling(LATENT_TILE, LATENT_SHARED, STRIDES))
+        return tiled(decode, z, self._tilings[1])
 
     def latent_frames(self, frames: int) -> int:
-        """1 for a picture, T/4 for a clip; ValueError for any other T, naming the nearest that fit."""
-        if frames == 1:
+        """1 for a picture or two frames, T/4 for a clip; ValueError for any other T, naming the nearest that fit."""
+        if frames in (1, 2):
             return 1
         if frames < 1 or frames % self.temporal_stride:
             below = frames // self.temporal_stride * self.temporal_stride
@@ -92,8 +97,12 @@ class DCAutoencoder(VideoAutoencoder):
             )
         return frames // self.temporal_stride
 
+    def shown(self, latent_frames: int) -> int:
+        """A picture of one latent frame, clips of more."""
+        return 1 if latent_frames == 1 else self.longest(latent_frames)
+
     def tile(self, enabled: bool) -> None:
-        """Cut what is larger than 32 frames or 256 px into blended tiles; needed for large videos on any device."""
+        """Switch tiles, in space and in time as the hyper-parameters say; needed for large videos on any device."""
         self.tiling = enabled
 
     def train_only(self, part: Part) -> None:
@@ -248,6 +257,14 @@ class ProjectIn(nn.Module):
         """[B,C,t,h,w] -> [B,C',t,h,w]."""
         y: Tensor = self.main(z) + z.repeat_interleave(self.repeats, dim=1)
         return y
+
+
+def _tilings(config: DCAENet) -> tuple[Tiling, Tiling]:
+    """Tiles to encode and to decode in."""
+    time = cut(config.temporal_tile_size, config.tile_overlap_factor) if config.use_temporal_tiling else None
+    plane = cut(config.spatial_tile_size, config.tile_overlap_factor) if config.use_spatial_tiling else None
+    pixels = Tiling.of((time, plane, plane), SHRINK)
+    return pixels, pixels.inverse()
 
 
 def _blocks(config: DCAENet, stage: int, depth: int) -> Iterable[nn.Module]:

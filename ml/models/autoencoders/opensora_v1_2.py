@@ -15,6 +15,7 @@ from ml.models.autoencoders import carry
 from ml.models.autoencoders import stable_diffusion as frames2d
 from ml.models.autoencoders.autoencoder import Part, Passed, VideoAutoencoder, draw
 from ml.models.autoencoders.opensora_v1_2_layers import CausalConv3d, Decoder, Encoder, ResBlock, TemporalAutoencoder
+from ml.models.autoencoders.original_names import read
 
 # How raw z becomes what STDiT-3 sees, (z - mean) / std (om/vae/vae.py, 1.2, `shift` and `scale`).
 RELEASED = Latent(mean=(-0.10, 0.34, 0.27, 0.98), std=(3.85, 2.32, 2.33, 3.06))
@@ -60,7 +61,7 @@ class OpenSoraV12Network(nn.Module):
 
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Normalised posterior sample [B,C,t,h,w] of a video [B,3,T,H,W], its noise in the order of the original."""
-        chunks = torch.split(self.spatial_vae.sample(video, generator), self.micro_frame_size, dim=2)
+        chunks = self._micro_frames(self.spatial_vae.sample(video, generator))
         samples = [draw(*self.temporal_vae.encode(chunk), generator) for chunk in chunks]
         return (torch.cat(samples, dim=2) - self.shift) / self.scale
 
@@ -71,17 +72,20 @@ class OpenSoraV12Network(nn.Module):
 
     def moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of raw z [B,C,t,h,w], micro frame by micro frame."""
-        parts = [self.temporal_vae.encode(chunk) for chunk in torch.split(y, self.micro_frame_size, dim=2)]
+        parts = [self.temporal_vae.encode(chunk) for chunk in self._micro_frames(y)]
         mean, logvar = zip(*parts, strict=True)
         return torch.cat(mean, dim=2), torch.cat(logvar, dim=2)
 
     def inflate(self, z: Tensor, num_frames: int) -> Tensor:
         """Per-frame latents y [B,C,T,h,w] of raw z, micro frame by micro frame."""
-        size = self.micro_frame_size
+        size = self.micro_frame_size or num_frames
         chunks = torch.split(z, -(-size // self.temporal_vae.stride), dim=2)
         counts = [min(size, num_frames - start) for start in range(0, num_frames, size)]
         parts = [self.temporal_vae.decode(chunk, count) for chunk, count in zip(chunks, counts, strict=True)]
         return torch.cat(parts, dim=2)
+
+    def _micro_frames(self, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(y, self.micro_frame_size or y.shape[2], dim=2)
 
 
 class OpenSoraV12Autoencoder(VideoAutoencoder):
@@ -92,19 +96,25 @@ class OpenSoraV12Autoencoder(VideoAutoencoder):
     `latent` alone normalises in the house's `encode` and `decode`, which work on raw z and never touch the buffers.
     Setting `latent` writes the buffers (shift = mean, scale = std / latent.scale), so that exported weights say the
     same to the original code, and `net.encode` to a reader; loading weights changes the buffers only.
+
+    Fields may have the original's names (original_names.py); `freeze_vae_2d` is `train_only("temporal")`.
     """
 
     net: OpenSoraV12Network
+    least_side_px = frames2d.SPATIAL_STRIDE
 
     def __init__(self, net: OpenSoraV12Net | None = None, latent: Latent | None = None, **hyper: Any) -> None:
         super().__init__()
-        self.config = net or OpenSoraV12Net(**hyper)
+        given = read(OpenSoraV12Net, net, hyper)
+        self.config = given.net
         self.latent_channels = self.config.latent_channels
         self.net = OpenSoraV12Network(self.config)
         self.temporal_stride, self.spatial_stride = self.net.temporal_vae.stride, frames2d.SPATIAL_STRIDE
-        self.latent = latent or RELEASED
+        self.latent = latent or given.latent or RELEASED
         self._part: Part = "all"
         self.tile(False)
+        if given.frozen_2d:
+            self.train_only("temporal")
 
     @property
     def latent(self) -> Latent:
@@ -131,7 +141,7 @@ class OpenSoraV12Autoencoder(VideoAutoencoder):
         """
         if self._part == "spatial":
             return self.forward_spatial(video, generator)
-        self.latent_shape(*video.shape[2:])
+        self.admit(video)
         inner = self.net.spatial_vae.sample(video, generator)
         mean, logvar = self.net.moments(inner)
         sample = draw(mean, logvar, generator)
@@ -140,15 +150,15 @@ class OpenSoraV12Autoencoder(VideoAutoencoder):
 
     def forward_spatial(self, video: Tensor, generator: torch.Generator | None = None) -> Passed:
         """Training form of the 2-D part alone, on every frame; its moments and sample [B,C,T,h,w] are not scaled."""
-        self.latent_shape(*video.shape[2:])
+        self.admit(video)
         part = self.net.spatial_vae
         mean, logvar = frames2d.encode_frames(part.module, video, part.micro_batch_size)
         sample = draw(mean, logvar, generator)
         return Passed(frames2d.decode_frames(part.module, sample, part.micro_batch_size), mean, logvar, sample)
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of raw z, both [B,C,t,h,w], of the mean y; ValueError when strides do not fit."""
-        self.latent_shape(*video.shape[2:])
+        """Mean and log variance of raw z, both [B,C,t,h,w], of the mean y; ValueError below 8 pixels."""
+        self.admit(video)
         return self.net.moments(self.net.spatial_vae.encode(video))
 
     def rebuild(self, z: Tensor, frames: int) -> Tensor:
@@ -158,12 +168,15 @@ class OpenSoraV12Autoencoder(VideoAutoencoder):
         return self.net.spatial_vae.decode(self.net.inflate(z, frames))
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of T frames, 5 for each 17 and a quarter of the rest, rounded up; ValueError below one."""
+        """Latent frames of T frames, 5 for each 17 and a quarter of the rest, rounded up; ValueError below one.
+
+        Without micro frames a quarter of them all.
+        """
         if frames < 1:
             raise ValueError(f"cannot encode {frames} frames: a clip has at least one")
-        whole, rest = divmod(frames, self.config.micro_frame_size)
-        stride = self.temporal_stride
-        return whole * -(-self.config.micro_frame_size // stride) + -(-rest // stride)
+        size, stride = self.config.micro_frame_size or frames, self.temporal_stride
+        whole, rest = divmod(frames, size)
+        return whole * -(-size // stride) + -(-rest // stride)
 
     def tile(self, enabled: bool) -> None:
         """Switch tiling of frames above 512 px in the 2-D part; time always goes by micro frames."""

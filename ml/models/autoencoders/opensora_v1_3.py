@@ -5,12 +5,12 @@ frames has k+1 latents. Windows share their border frame (`temporal_overlap`): 1
 35 latents, and the two pictures of a shared frame are averaged. Without overlap 34 frames are two windows.
 
 The report's 5 floor((n-1)/16) is this count wherever whole windows fit. A clip may also end in a shorter window (21
-frames have 5 + 2 latents): the original encodes it so, though its `get_latent_size` leaves that window out.
+frames have 5 + 2 latents): the original encodes it so, though its `get_latent_size` leaves that window out. Any length
+is encoded, in a last window of n frames (n-1)/4 + 1 latents, rounded down; only windows of 4k+1 come back whole.
 """
 
 from collections.abc import Callable
 from fractions import Fraction
-from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from ml.architectures import Latent, OpenSoraV13Net
 from ml.models.autoencoders.autoencoder import VideoAutoencoder
 from ml.models.autoencoders.opensora_v1_3_layers import Network
+from ml.models.autoencoders.original_names import read
 from ml.models.autoencoders.start import start_opensora_v1_3
 from ml.models.autoencoders.tiles import WHOLE, Tiling, tiled
 
@@ -35,35 +36,37 @@ class OpenSoraV13Autoencoder(VideoAutoencoder):
     A config or its fields. `use_tiled_conv3d` with `tile_size`, `micro_batch_size` and `micro_batch_size_2d` bound
     memory and change no result; in the original `micro_frame_size` has no effect while `micro_batch_size` is None,
     which here is a `micro_frame_size` of None: whole clips at once, as the original trains.
-    Raises ValueError when `micro_frame_size` is not 4k+1.
+    Fields may have the original's names (original_names.py). Raises ValueError when `micro_frame_size` is not 4k+1.
     """
 
     net: Network
+    least_side_px = 2
 
     def __init__(self, net: OpenSoraV13Net | None = None, latent: Latent | None = None, **hyper: Any) -> None:
         super().__init__()
-        self.config = net or OpenSoraV13Net(**hyper)
+        given = read(OpenSoraV13Net, net, hyper)
+        self.config = given.net
         size = self.config.micro_frame_size
         if size is not None and (size == 1 or (size - 1) % TEMPORAL_STRIDE):
             raise ValueError(f"micro_frame_size {size} is no window of {TEMPORAL_STRIDE}k+1 frames: take 5, 9, 13, 17")
-        self.latent = latent or Latent()
+        self.latent = latent or given.latent or Latent()
         self.latent_channels = self.config.latent_channels
         self.temporal_stride, self.spatial_stride = TEMPORAL_STRIDE, SPATIAL_STRIDE
         self.net = Network(self.config)
         self.tile(False)
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of raw z, both [B,C,t,h,w], of a video [B,3,T,H,W]; ValueError when it does not fit."""
-        self.latent_shape(*video.shape[2:])
+        """Mean and log variance of raw z, both [B,C,t,h,w], of a video [B,3,T,H,W]; ValueError below two pixels."""
+        self.admit(video)
         parts = [self._encode(video[:, :, start : start + size]) for start, size in self._windows(video.shape[2])]
         mean, logvar = torch.cat(parts, dim=2).chunk(2, dim=1)
         return mean, logvar.clamp(LEAST_LOGVAR, MOST_LOGVAR)
 
     def rebuild(self, z: Tensor, frames: int) -> Tensor:
-        """Video [B,3,T,H,W] of raw z [B,C,t,h,w]; ValueError when T frames do not have t latents."""
-        if self.latent_frames(frames) != z.shape[2]:
-            wanted = self.latent_frames(frames)
-            raise ValueError(f"cannot decode {z.shape[2]} latents to {frames} frames, which have {wanted}")
+        """Video [B,3,T,H,W] of raw z [B,C,t,h,w]; ValueError when t latents are not T frames."""
+        if frames != self.longest(z.shape[2]):
+            shown = self.longest(z.shape[2])
+            raise ValueError(f"cannot decode {z.shape[2]} latents to {frames} frames: they are {shown}")
         size = self.config.micro_frame_size
         windows = torch.split(z, self._latents(size) if size else z.shape[2], dim=2)
         parts = [self._decode(windows[0])]
@@ -76,13 +79,19 @@ class OpenSoraV13Autoencoder(VideoAutoencoder):
         return torch.cat(parts, dim=2)
 
     def latent_frames(self, frames: int) -> int:
-        """Latents of T frames: those of all windows; raises ValueError with the nearest lengths that can be encoded."""
-        if not self._encodes(frames):
-            below = [n for n in range(frames - 1, 0, -1) if self._encodes(n)][:1]
-            above = next(n for n in count(max(frames + 1, 1)) if self._encodes(n))
-            nearest = " or ".join(str(n) for n in (*below, above))
-            raise ValueError(f"cannot encode {frames} frames: the nearest lengths that windows fill are {nearest}")
+        """Latents of T frames: those of all windows; ValueError below one frame."""
+        if frames < 1:
+            raise ValueError(f"cannot encode {frames} frames: a clip has at least one")
         return sum(self._latents(size) for _, size in self._windows(frames))
+
+    def longest(self, latent_frames: int) -> int:
+        """Frames that t latents are decoded to: 4k+1 of every window, less those that windows share."""
+        if latent_frames < 1:
+            raise ValueError(f"cannot decode {latent_frames} latents: a clip has at least one")
+        size = self.config.micro_frame_size
+        windows = -(-latent_frames // self._latents(size)) if size else 1
+        frames = TEMPORAL_STRIDE * latent_frames - (TEMPORAL_STRIDE - 1) * windows
+        return frames - (windows - 1 if self.config.temporal_overlap else 0)
 
     def tile(self, enabled: bool) -> None:
         """Switch tiles of 512 px, which the original does not have: a larger plane changes a little, a smaller not."""
@@ -110,9 +119,6 @@ class OpenSoraV13Autoencoder(VideoAutoencoder):
             return [(0, frames)]
         shared = 1 if self.config.temporal_overlap else 0
         return [(start, min(size, frames - start)) for start in range(0, frames - shared, size - shared)]
-
-    def _encodes(self, frames: int) -> bool:
-        return frames > 0 and all((size - 1) % TEMPORAL_STRIDE == 0 for _, size in self._windows(frames))
 
     @staticmethod
     def _latents(window: int) -> int:

@@ -59,9 +59,12 @@ def load_autoencoder(folder: Path, section: Autoencoder | None = None, recipe: s
     if card.latent is None:
         raise CheckpointMismatch(f"{folder} belongs to another network: kind is {card.kind!r}, which encodes nothing")
     latent = Latent.model_validate(card.latent)
+    net = NETS.validate_python({"kind": card.kind, **card.config})
     if section is not None:
-        check_card(folder, card, _card(section.net, Origin(recipe or card.origin.recipe, card.origin.stage), latent))
-    autoencoder = build_autoencoder(NETS.validate_python({"kind": card.kind, **card.config}), latent)
+        # A card of before a hyper-parameter existed was written with its default.
+        found = _card(net, card.origin, latent)
+        check_card(folder, found, _card(section.net, Origin(recipe or card.origin.recipe, card.origin.stage), latent))
+    autoencoder = build_autoencoder(net, latent)
     autoencoder.net.load_state_dict(load_state(folder))
     return autoencoder
 

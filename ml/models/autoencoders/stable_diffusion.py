@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ml.architectures import Latent, OpenSoraV12Net, StableDiffusionNet
 from ml.models.autoencoders import carry
 from ml.models.autoencoders.autoencoder import Part, VideoAutoencoder, draw
+from ml.models.autoencoders.original_names import read
 
 # Latents of Stable Diffusion times this have about unit spread (Rombach et al. 2022, app. G; 1.0 to 1.2 use it).
 SCALE = 0.18215
@@ -28,21 +29,26 @@ RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_a
 class StableDiffusionAutoencoder(VideoAutoencoder):
     """Per-frame autoencoder; `net` is diffusers' `AutoencoderKL`. Without a `latent` the released scale 0.18215 holds.
 
-    `micro_batch_size` frames are encoded or decoded at a time, which bounds memory and changes no result.
+    `micro_batch_size` frames are encoded or decoded at a time, which bounds memory and changes no result. Fields may
+    have the names of Open-Sora's `VideoAutoencoderKL` (original_names.py).
     """
+
+    least_side_px = SPATIAL_STRIDE
+    released_prefix = "module."
 
     def __init__(self, net: StableDiffusionNet | None = None, latent: Latent | None = None, **hyper: Any) -> None:
         super().__init__()
-        self.config = net or StableDiffusionNet(**hyper)
-        self.latent = latent or Latent(scale=SCALE)
+        given = read(StableDiffusionNet, net, hyper)
+        self.config = given.net
+        self.latent = latent or given.latent or Latent(scale=SCALE)
         self.latent_channels = self.config.latent_channels
         self.temporal_stride, self.spatial_stride = 1, SPATIAL_STRIDE
         self.net = kl_network(self.config)
         self.tile(False)
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of raw z, both [B,C,T,h,w]; raises ValueError when strides do not fit."""
-        self.latent_shape(*video.shape[2:])
+        """Mean and log variance of raw z, both [B,C,T,h,w], h and w rounded down; ValueError below 8 pixels."""
+        self.admit(video)
         return encode_frames(self.net, video, self.config.micro_batch_size)
 
     def rebuild(self, z: Tensor, frames: int) -> Tensor:

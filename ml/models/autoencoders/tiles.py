@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 Sizes = tuple[int, int, int]
+# Size of a tile along one axis, and what it shares with the one before.
+Cut = tuple[int, int]
 Ratio = tuple[int | Fraction, int | Fraction, int | Fraction]
 AXES = ("frames", "height", "width")
 # The tile of an axis that is never cut.
@@ -49,6 +51,21 @@ class Tiling:
             if overlap * ratio < 2 * self.margin[axis]:
                 raise ValueError(f"{name}: an overlap of {overlap} cannot hold two margins of {self.margin[axis]}")
 
+    @classmethod
+    def of(cls, cuts: tuple["Cut | None", "Cut | None", "Cut | None"], ratio: Ratio, causal: bool = False) -> "Tiling":
+        """Tiles of these cuts of (t, h, w); an axis of None is never cut."""
+        tile, overlap = zip(*(each or (WHOLE, 0) for each in cuts), strict=True)
+        return cls(tile, overlap, ratio, causal)
+
+    def inverse(self) -> "Tiling":
+        """The same tiles for the network that goes back, counted in its input cells."""
+        tile, overlap = (
+            tuple(int(size * by) for size, by in zip(sizes, self.ratio, strict=True))
+            for sizes in (self.tile, self.overlap)
+        )
+        ratio = tuple(1 / Fraction(by) for by in self.ratio)
+        return Tiling(tile, overlap, ratio, self.causal)  # type: ignore[arg-type]  # three of each
+
     def fits(self, x: Tensor, *axes: int) -> bool:
         """Whether one tile holds the whole of x [B,C,T,H,W] along these axes (0 time, 1 height, 2 width)."""
         return all(x.shape[axis + 2] <= self.tile[axis] for axis in axes)
@@ -60,6 +77,11 @@ class Tiling:
     def kept(self, axis: int) -> int:
         """Output cells that a tile gives before the next one begins."""
         return int((self.tile[axis] - self.overlap[axis]) * self.ratio[axis])
+
+
+def cut(size: int, overlap_factor: float) -> Cut:
+    """Tiles of `size` that share so much of it, as the original rounds: the step between two is rounded down."""
+    return size, size - int(size * (1 - overlap_factor))
 
 
 def tiled(network: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Tensor:

@@ -66,6 +66,24 @@ def test_normalisation_keeps_the_dtype_of_the_video() -> None:
 
 def test_the_longest_clip_of_a_latent_is_one_that_can_be_encoded() -> None:
     assert [Blocks().longest(latents) for latents in (1, 2, 5)] == [2, 4, 10]
+    with pytest.raises(ValueError, match="cannot decode 0 latent frames: no clip has so many"):
+        Blocks().longest(0)
+
+
+def test_a_file_under_released_names_is_that_of_the_net() -> None:
+    """Alone and inside another module, strictly; names that begin with `net.` stay as they are."""
+    one, other = Blocks(), nn.ModuleDict({"inner": Blocks()})
+    one.net = nn.Linear(2, 2)
+    other["inner"].net = nn.Linear(2, 2)
+    released = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
+    one.load_state_dict(released, strict=True)
+    other.load_state_dict({f"inner.{name}": value for name, value in released.items()}, strict=True)
+    assert one.state_dict().keys() == {"net.weight", "net.bias"}
+    one.load_state_dict(one.state_dict(), strict=True)
+    assert torch.equal(one.net.weight, released["weight"])
+    assert torch.equal(other["inner"].net.weight, released["weight"])
+    with pytest.raises(RuntimeError, match=r"net\.bias"):
+        one.load_state_dict({"weight": torch.ones(2, 2)}, strict=True)
 
 
 def test_the_shape_of_a_latent_is_known_before_it_is_made() -> None:

@@ -21,9 +21,9 @@ TINY = DCAENet(
 )
 
 
-def tiny(seed: int = 0) -> DCAutoencoder:
+def tiny(seed: int = 0, net: DCAENet = TINY) -> DCAutoencoder:
     torch.manual_seed(seed)
-    autoencoder = DCAutoencoder(TINY)
+    autoencoder = DCAutoencoder(net)
     autoencoder.initialise()
     return autoencoder.eval()
 
@@ -133,13 +133,17 @@ def test_a_latent_of_one_frame_is_a_picture_or_a_clip_of_four() -> None:
     autoencoder = tiny()
     with torch.no_grad():
         z = autoencoder.encode(smooth(1, 32, 32))
-        assert autoencoder.decode(z, 1).shape[2] == 1
-        assert autoencoder.decode(z).shape[2] == 4
+        assert autoencoder.decode(z, 1).shape[2] == autoencoder.decode(z).shape[2] == 1
+        assert autoencoder.decode(z, 4).shape[2] == autoencoder.longest(1) == 4
+        assert autoencoder.decode(z.repeat(1, 1, 3, 1, 1)).shape[2] == 12
+        assert autoencoder.encode(smooth(2, 32, 32)).shape[2] == 1
+    with pytest.raises(ValueError, match="cannot decode 2 frames"):
+        autoencoder.rebuild(z, 2)
     with pytest.raises(ValueError, match="8 frames have 2 latent frames, not 1"):
         autoencoder.rebuild(z, 8)
 
 
-@pytest.mark.parametrize(("frames", "nearest"), [(2, "1 or 4"), (6, "4 or 8"), (129, "128 or 132"), (0, "1 or 4")])
+@pytest.mark.parametrize(("frames", "nearest"), [(3, "1 or 4"), (6, "4 or 8"), (129, "128 or 132"), (0, "1 or 4")])
 def test_other_lengths_are_refused_with_the_nearest(frames: int, nearest: str) -> None:
     with pytest.raises(ValueError, match=rf"cannot encode {frames} frames.*{nearest}"):
         tiny().latent_frames(frames)
@@ -175,6 +179,17 @@ def test_tiles_change_little_and_only_where_they_are_needed(shape: tuple[int, in
         assert not torch.equal(z, plain[1])
         assert float((z - plain[1]).abs().mean()) < 0.05 * float(plain[1].abs().mean())
         assert psnr(autoencoder.decode(plain[1], shape[0]), rebuilt) > 40
+
+
+def test_only_the_axes_that_are_named_are_cut() -> None:
+    wide, long = smooth(1, 32, 288), smooth(36, 32, 32)
+    with torch.no_grad():
+        plain = [tiny().encode(video) for video in (wide, long)]
+        for field, cut in (("use_temporal_tiling", wide), ("use_spatial_tiling", long)):
+            autoencoder = tiny(net=TINY.model_copy(update={field: False}))
+            autoencoder.tile(True)
+            for video, whole in zip((wide, long), plain, strict=True):
+                assert torch.equal(autoencoder.encode(video), whole) == (video is not cut)
 
 
 def test_a_last_tile_of_one_latent_frame_still_gives_four_frames() -> None:

@@ -11,6 +11,7 @@ from ml.architectures import HunyuanNet, Latent
 from ml.models.autoencoders.hunyuan import HunyuanAutoencoder
 
 TINY = HunyuanNet(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=1)
+IN_TIME = TINY.model_copy(update={"use_temporal_tiling": True})
 
 
 @pytest.fixture(autouse=True)
@@ -107,19 +108,27 @@ def test_129_frames_have_33_latents(autoencoder: HunyuanAutoencoder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("frames", "message"), [(4, "nearest such is 1 or 5"), (128, "125 or 129"), (0, "nearest such is 1")]
+    ("shape", "latents"), [((4, 16, 16), (1, 2, 2)), ((6, 12, 16), (2, 2, 2)), ((5, 16, 20), (2, 2, 3))]
 )
-def test_lengths_that_do_not_fit_name_the_nearest(autoencoder: HunyuanAutoencoder, frames: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        autoencoder.latent_frames(frames)
+@torch.inference_mode()
+def test_videos_that_strides_do_not_divide_are_rounded_up(
+    autoencoder: HunyuanAutoencoder, shape: tuple[int, int, int], latents: tuple[int, int, int]
+) -> None:
+    assert autoencoder.encode(torch.zeros(1, 3, *shape)).shape[2:] == latents
+    assert autoencoder.latent_frames(shape[0]) == latents[0]
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 16), (5, 12, 16), (5, 16, 20)])
-def test_videos_that_do_not_fit_are_refused(autoencoder: HunyuanAutoencoder, shape: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="cannot encode"):
-        autoencoder.encode(torch.zeros(1, 3, *shape))
-    with pytest.raises(ValueError, match="cannot decode 2 latents to 9 frames, which have 3"):
+def test_what_cannot_be_is_refused(autoencoder: HunyuanAutoencoder) -> None:
+    with pytest.raises(ValueError, match="cannot encode 0 frames"):
+        autoencoder.encode(torch.zeros(1, 3, 0, 16, 16))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        autoencoder.latent_shape(5, 12, 16)
+    with pytest.raises(ValueError, match="cannot decode 2 latents to 9 frames: they are 5"):
         autoencoder.rebuild(torch.zeros(1, 16, 2, 2, 2), 9)
+    with pytest.raises(ValueError, match="cannot decode 0 latents"):
+        autoencoder.longest(0)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        HunyuanAutoencoder(TINY.model_copy(update={"sample_size": 100}))
 
 
 @torch.inference_mode()
@@ -152,6 +161,13 @@ def test_latents_are_normalised_per_channel_and_decoding_undoes_it() -> None:
 
 
 @torch.inference_mode()
+def test_the_released_scale_holds_unless_a_latent_is_given(autoencoder: HunyuanAutoencoder) -> None:
+    video = torch.randn(1, 3, 1, 16, 16)
+    torch.testing.assert_close(autoencoder.encode(video), 0.476986 * autoencoder.posterior(video)[0])
+    assert _random(latent=Latent()).latent.scale == 1.0
+
+
+@torch.inference_mode()
 def test_training_draws_from_the_posterior(autoencoder: HunyuanAutoencoder) -> None:
     video = torch.randn(1, 3, 1, 16, 16)
     first, again, other = (autoencoder(video, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
@@ -180,12 +196,11 @@ def test_tiles_leave_inputs_that_fit_alone(autoencoder: HunyuanAutoencoder) -> N
 
 @pytest.mark.parametrize(("shape", "latents"), [((69, 8, 8), (18, 1, 1)), ((1, 16, 264), (1, 2, 33))])
 @torch.inference_mode()
-def test_larger_inputs_are_tiled(
-    autoencoder: HunyuanAutoencoder, shape: tuple[int, int, int], latents: tuple[int, int, int]
-) -> None:
+def test_larger_inputs_are_tiled(shape: tuple[int, int, int], latents: tuple[int, int, int]) -> None:
     """What tiles give is near the whole: a smooth video, so that norms of a tile are near those of all."""
     coarse = torch.randn(1, 3, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     video = F.interpolate(coarse, size=shape, mode="trilinear")
+    autoencoder = _random(IN_TIME)
     autoencoder.initialise()
     plain = autoencoder.encode(video)
     autoencoder.tile(True)
@@ -200,9 +215,34 @@ def test_larger_inputs_are_tiled(
 
 
 @torch.inference_mode()
-def test_a_tile_in_time_starts_at_the_frame_before_its_own(autoencoder: HunyuanAutoencoder) -> None:
+def test_the_published_mode_cuts_space_only(autoencoder: HunyuanAutoencoder) -> None:
+    """inference/256px.py and train/image.py of main: use_spatial_tiling, without use_temporal_tiling."""
+    long, wide = torch.randn(1, 3, 69, 8, 8), torch.randn(1, 3, 1, 8, 264)
+    plain = [autoencoder.encode(video) for video in (long, wide)]
+    shown = autoencoder.decode(plain[0])
+    autoencoder.tile(True)
+    assert torch.equal(autoencoder.encode(long), plain[0])
+    assert torch.equal(autoencoder.decode(plain[0]), shown)
+    assert not torch.equal(autoencoder.encode(wide), plain[1])
+    uncut = _random(TINY.model_copy(update={"use_spatial_tiling": False}))
+    uncut.tile(True)
+    assert torch.equal(uncut.encode(wide), plain[1])
+
+
+@torch.inference_mode()
+def test_tiles_have_the_given_sizes() -> None:
+    """40 pixels in tiles of 32 that share half: the first 16 columns are those of the first tile alone."""
+    autoencoder = _random(TINY.model_copy(update={"sample_size": 32, "tile_overlap_factor": 0.5}))
+    video = torch.randn(1, 3, 1, 8, 40)
+    first = autoencoder.posterior(video[..., :32])[0]
+    autoencoder.tile(True)
+    torch.testing.assert_close(autoencoder.posterior(video)[0][..., :2], first[..., :2])
+
+
+@torch.inference_mode()
+def test_a_tile_in_time_starts_at_the_frame_before_its_own() -> None:
     """97 frames are tiles of 65 and 49: latents 13 to 16 lead over, and 17 to 24 are those of frames 48 to 96."""
-    video = torch.randn(1, 3, 97, 8, 8)
+    autoencoder, video = _random(IN_TIME), torch.randn(1, 3, 97, 8, 8)
     autoencoder.tile(True)
     tiled = autoencoder.posterior(video)[0]
     autoencoder.tile(False)

@@ -143,6 +143,23 @@ def test_a_length_that_the_latent_does_not_have_is_refused(random: OpenSoraV12Au
         random.decode(torch.zeros(1, 4, 5, 2, 3), 34)
 
 
+@torch.no_grad()
+def test_without_micro_frames_a_clip_is_coded_as_one(random: OpenSoraV12Autoencoder) -> None:
+    whole = OpenSoraV12Autoencoder(TINY.model_copy(update={"micro_frame_size": None})).eval()
+    whole.net.load_state_dict(random.net.state_dict())
+    assert torch.equal(whole.encode(clip(17)), random.encode(clip(17)))
+    latent = whole.encode(clip(34))
+    assert latent.shape[2] == whole.latent_frames(34) == 9  # 34 / 4, rounded up
+    assert whole.decode(latent, 34).shape[2] == whole.net.decode(latent, 34).shape[2] == 34
+
+
+@torch.no_grad()
+def test_planes_are_rounded_down(random: OpenSoraV12Autoencoder) -> None:
+    assert random.encode(clip(1)[..., :15, :23]).shape[3:] == (1, 2)
+    with pytest.raises(ValueError, match="8 pixels at least"):
+        random.encode(clip(1)[..., :7, :])
+
+
 # --- time ---------------------------------------------------------------------------------------------------------
 
 

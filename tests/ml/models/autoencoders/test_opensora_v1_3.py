@@ -114,18 +114,20 @@ def test_windows_without_overlap_and_whole_clips_have_other_lengths() -> None:
     apart, whole = _random(_variant(temporal_overlap=False)), _random(_variant(micro_frame_size=None))
     assert [apart.latent_frames(n) for n in (1, 17, 18, 34, 51)] == [1, 5, 6, 10, 15]
     assert [whole.latent_frames(n) for n in (1, 17, 33, 113)] == [1, 5, 9, 29]
-    with pytest.raises(ValueError, match="nearest lengths that windows fill are 30 or 34"):
-        apart.latent_frames(33)
+    assert [apart.latent_frames(n) for n in (16, 20, 33, 49)] == [4, 6, 9, 14]
+    assert [apart.longest(n) for n in (1, 5, 6, 11)] == [1, 17, 18, 35]
+    assert [whole.longest(n) for n in (1, 5, 6)] == [1, 17, 21]
 
 
-@pytest.mark.parametrize(
-    ("frames", "message"), [(16, "13 or 17"), (18, "17 or 21"), (114, "113 or 117"), (0, "are 1$")]
-)
-def test_lengths_that_do_not_fit_name_the_nearest(
-    autoencoder: OpenSoraV13Autoencoder, frames: int, message: str
+@pytest.mark.parametrize(("frames", "latents", "shown"), [(16, 4, 13), (18, 6, 17), (20, 6, 17), (34, 11, 33)])
+@torch.inference_mode()
+def test_lengths_that_windows_do_not_fill_are_encoded_too(
+    autoencoder: OpenSoraV13Autoencoder, frames: int, latents: int, shown: int
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        autoencoder.latent_frames(frames)
+    """As in the original: a last window of n frames has (n+3)/4 latents, and those come back as 4k+1 frames."""
+    latent = autoencoder.encode(torch.randn(1, 3, frames, 8, 8))
+    assert latent.shape[2] == autoencoder.latent_frames(frames) == latents
+    assert autoencoder.decode(latent).shape[2] == autoencoder.longest(latents) == shown
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17, 21, 33])
@@ -149,12 +151,20 @@ def test_a_long_round_trip_at_the_published_size(overlap: bool) -> None:
         assert autoencoder.decode(latent).shape == (1, 3, frames, 720, 1280)
 
 
-def test_videos_that_do_not_fit_are_refused(autoencoder: OpenSoraV13Autoencoder) -> None:
-    for shape in ((4, 16, 16), (5, 12, 16), (5, 16, 20)):
+@torch.inference_mode()
+def test_a_plane_that_8_does_not_divide_is_rounded(autoencoder: OpenSoraV13Autoencoder) -> None:
+    """The first halving rounds down, the two in space and time up: 20 is 10, 5, 3 and 13 is 6, 3, 2."""
+    assert autoencoder.encode(torch.zeros(1, 3, 5, 20, 13)).shape == (1, 16, 2, 3, 2)
+
+
+def test_what_cannot_be_is_refused(autoencoder: OpenSoraV13Autoencoder) -> None:
+    for shape in ((0, 16, 16), (5, 1, 16)):
         with pytest.raises(ValueError, match="cannot encode"):
             autoencoder.encode(torch.zeros(1, 3, *shape))
-    with pytest.raises(ValueError, match="cannot decode 6 latents to 17 frames, which have 5"):
-        autoencoder.rebuild(torch.zeros(1, 16, 6, 2, 2), 17)
+    with pytest.raises(ValueError, match="cannot decode 7 latents to 17 frames: they are 21"):
+        autoencoder.rebuild(torch.zeros(1, 16, 7, 2, 2), 17)
+    with pytest.raises(ValueError, match="cannot decode 0 latents"):
+        autoencoder.longest(0)
 
 
 @torch.inference_mode()

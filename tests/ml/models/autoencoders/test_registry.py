@@ -112,6 +112,17 @@ def test_an_autoencoder_of_another_recipe_or_net_is_refused(tmp_path: Path) -> N
     assert load_autoencoder(tmp_path, section("sd")).latent == LATENT, "without a recipe id any recipe's will do"
 
 
+def test_a_card_of_before_a_hyper_parameter_has_its_default(tmp_path: Path) -> None:
+    autoencoder = build_autoencoder(NETS["hunyuan"], LATENT)
+    before = {name: value for name, value in NETS["hunyuan"].model_dump().items() if "tiling" not in name}
+    before.pop("kind")
+    card = Card("hunyuan", before, Origin("v0-tiny", "autoencoder"), LATENT.model_dump())
+    save_weights(tmp_path, autoencoder.net.state_dict(), card)
+    load_autoencoder(tmp_path, section("hunyuan"), "v0-tiny")
+    with pytest.raises(CheckpointMismatch, match="config use_temporal_tiling is False, wanted True"):
+        load_autoencoder(tmp_path, section("hunyuan", use_temporal_tiling=True), "v0-tiny")
+
+
 def test_a_transformer_encodes_nothing(tmp_path: Path) -> None:
     save_weights(tmp_path, {"w": torch.zeros(1)}, Card("mmdit", {}, Origin("v2_0-tiny", "stage1")))
     with pytest.raises(CheckpointMismatch, match="'mmdit', which encodes nothing"):

@@ -92,6 +92,15 @@ def test_files_with_the_names_before_diffusers_0_18_load(random: StableDiffusion
     assert all(torch.equal(value, now[name]) for name, value in random.net.state_dict().items())
 
 
+def test_the_original_wrapper_s_file_loads_strictly(random: StableDiffusionAutoencoder) -> None:
+    released = {f"module.{name}": torch.randn_like(value) for name, value in random.net.state_dict().items()}
+    random.load_state_dict(released, strict=True)
+    assert all(torch.equal(value, released[f"module.{name}"]) for name, value in random.net.state_dict().items())
+    released.pop("module.quant_conv.bias")
+    with pytest.raises(RuntimeError, match=r"net\.quant_conv\.bias"):
+        random.load_state_dict(released, strict=True)
+
+
 @torch.no_grad()
 def test_every_frame_is_encoded_and_decoded_alone(random: StableDiffusionAutoencoder) -> None:
     video = torch.rand(2, 3, 3, 16, 24) * 2 - 1
@@ -127,9 +136,11 @@ def test_latents_are_scaled_by_the_released_number_unless_another_is_given(rando
     assert StableDiffusionAutoencoder(TINY, Latent(scale=2.0)).latent.scale == 2.0
 
 
-def test_clips_that_do_not_divide_are_refused(random: StableDiffusionAutoencoder) -> None:
-    with pytest.raises(ValueError, match="cannot encode 12x16"):
-        random.encode(torch.zeros(1, 3, 1, 12, 16))
+def test_planes_are_rounded_down_and_what_leaves_no_cell_is_refused(random: StableDiffusionAutoencoder) -> None:
+    with torch.no_grad():
+        assert random.encode(torch.zeros(1, 3, 1, 12, 31)).shape == (1, 4, 1, 1, 3)
+    with pytest.raises(ValueError, match="cannot encode 7x16"):
+        random.encode(torch.zeros(1, 3, 1, 7, 16))
     with pytest.raises(ValueError, match="at least one"):
         random.latent_frames(0)
     assert [random.latent_frames(n) for n in (1, 16, 64)] == [1, 16, 64]
