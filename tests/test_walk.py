@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
 from assets.costs import recipe_rows
 from assets.steps import Walk
@@ -140,13 +141,16 @@ def test_every_step_of_the_walk_is_there_and_up_to_date(house: House) -> None:
 
 
 def test_clips_are_made_on_request_from_text_and_from_a_picture(house: House) -> None:
-    picture = house.folder / "footage" / "take0.mp4"
+    picture, film = house.folder / "first.png", house.folder / "footage" / "take0.mp4"
+    Image.new("RGB", (160, 96), (200, 40, 40)).save(picture)
     plain = Path(house.say("sample", "micro", "--prompt", "waves", "--seed", "5").strip().splitlines()[-1])
     given = ["--ref", str(picture), "--set", "condition=i2v_head"]
     led = Path(house.say("sample", "micro", "--prompt", "waves", "--seed", "5", *given).strip().splitlines()[-1])
     clips = [(folder / "videos" / "0-5.mp4").read_bytes() for folder in (plain, led)]
     assert clips[0] != clips[1]
     assert "t2v" in house.say("sample", "micro", "--prompt", "waves", "--ref", str(picture), code=1)
+    given[1] = str(film)
+    assert "cut the video" in house.say("sample", "micro", "--prompt", "waves", *given, code=1)
 
 
 def test_a_broken_file_became_a_rejected_row_with_its_reason(house: House) -> None:

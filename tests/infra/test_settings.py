@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from infra.settings import TELEMETRY_OFF, Settings
+from ml.recipe import available
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def test_embedded_defaults_lie_in_an_absolute_workspace(tmp_path: Path) -> None:
     assert settings.tracking_uri == f"sqlite:///{tmp_path}/workspace/mlflow.db"
     assert settings.dvc_remote == str(tmp_path / "workspace" / "dvc-remote")
     assert settings.mlflow_url == "http://127.0.0.1:5000"
-    assert settings.recipe_names == ("v2_0",)
+    assert settings.recipe_names == tuple(sorted(available())), "every packaged recipe stands in the code location"
     assert not (tmp_path / "workspace").exists()
 
 

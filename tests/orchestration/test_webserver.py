@@ -115,7 +115,7 @@ def test_an_asset_is_materialised_through_graphql(webserver: Webserver) -> None:
         time.sleep(0.5)
     assert status == "SUCCESS"
     node = webserver.ask(ASSET, {"key": {"path": ["v2_0", "cost_plan"]}})["assetNodeOrError"]
-    assert node["groupName"] == "dollars"
+    assert node["groupName"] == "v2_0_dollars"
     (materialisation,) = node["assetMaterializations"]
     planned = {entry["label"]: entry.get("floatValue") for entry in materialisation["metadataEntries"]}
     assert planned["planned_usd"] > 0

@@ -8,7 +8,7 @@ from torch import nn
 from ml.engines.plain import PlainEngine, device_of, make_engine
 from ml.engines.protocol import EngineError
 from ml.sections import Adam, Compute, Engine
-from ml.training.optim import adamw, warm_up
+from ml.training.optim import adamw, schedule
 
 ADAM = Adam(lr=1e-2, eps=1e-8, betas=(0.9, 0.999), weight_decay=0.01, warmup_steps=3)
 SECTION = {"kind": "plain", "precision": "fp32", "grad_clip": 1.0, "accumulate": 1, "sequence_parallel": 1}
@@ -22,7 +22,7 @@ def network(seed: int = 0) -> nn.Module:
 
 def engine(dtype: torch.dtype = torch.float32, clip: float = 1.0, adam: Adam = ADAM) -> PlainEngine:
     made = PlainEngine(CPU, dtype, clip)
-    made.setup(network(), adamw(adam), warm_up(adam))
+    made.setup(network(), adamw(adam), schedule(adam, 10))
     return made
 
 
@@ -109,7 +109,7 @@ def test_saving_and_loading_goes_on_exactly(tmp_path: Path, dtype: torch.dtype) 
     train(first, range(4))
     first.save(tmp_path)
     second = PlainEngine(CPU, dtype, 1.0)
-    second.setup(network(seed=9), adamw(ADAM), warm_up(ADAM))
+    second.setup(network(seed=9), adamw(ADAM), schedule(ADAM, 10))
     second.load(tmp_path)
     assert second.learning_rate() == first.learning_rate()
     train(second, range(4, 7))
@@ -121,7 +121,7 @@ def test_saving_and_loading_goes_on_exactly(tmp_path: Path, dtype: torch.dtype) 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     engine().save(tmp_path)
     other = PlainEngine(CPU, torch.float32, 1.0)
-    other.setup(nn.Sequential(nn.Linear(6, 13), nn.GELU(), nn.Linear(13, 2)), adamw(ADAM), warm_up(ADAM))
+    other.setup(nn.Sequential(nn.Linear(6, 13), nn.GELU(), nn.Linear(13, 2)), adamw(ADAM), schedule(ADAM, 10))
     with pytest.raises(EngineError, match=r"holds 0.bias as \(12,\), the model has \(13,\)"):
         other.load(tmp_path)
 
