@@ -19,7 +19,7 @@ from ml.diffusion.guidance import Call
 from ml.diffusion.solver import Noise, Sampler
 from ml.diffusion.timesteps import Shape
 from ml.models.inputs import Inputs, Text, denoise
-from ml.models.networks import Network, as_denoiser, build_network
+from ml.models.networks import Network, build_network
 from ml.recipe import Recipe
 
 Told = tuple[Inputs, Inputs, Given | None]
@@ -162,7 +162,7 @@ def _counting(case: Case, calls: list[int]) -> Call:
 
     def call(x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
         calls.append(len(x))
-        return denoise(case.network, as_denoiser(case.network), x, t, inputs)
+        return denoise(case.network, case.network, x, t, inputs)
 
     return call
 

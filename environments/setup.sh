@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 
 UV_VERSION=0.13.9
 LOCK=environments/main.txt
+UNPINNED=environments/unpinned.txt
 MARKER=.venv/.installed
 
 fits() { # interpreter: is it there, and one that pyproject.toml's requires-python allows?
@@ -38,7 +39,7 @@ make_venv() {
 digest() { # of everything that decides what .venv holds
   .venv/bin/python -c 'import hashlib, pathlib, sys
 print(hashlib.sha256(b"\0".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])).hexdigest())' \
-    "$LOCK" pyproject.toml environments/setup.sh
+    "$LOCK" "$UNPINNED" pyproject.toml environments/setup.sh
 }
 
 make_venv
@@ -55,6 +56,7 @@ if [ -n "$index" ]; then export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"; 
 echo "Installing $(wc -l <"$LOCK") packages of $LOCK into .venv (1 to 3 minutes)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "uv==$UV_VERSION"
 .venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode --requirements "$LOCK"
+.venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode --no-deps --requirements "$UNPINNED"
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --editable .
 echo "$wanted" >"$MARKER"
 echo "Ready: .venv"

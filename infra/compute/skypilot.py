@@ -33,6 +33,7 @@ SETUP = f"""set -euo pipefail
 python3 -m venv .venv-train
 {PYTHON} -m pip install --quiet --disable-pip-version-check uv==0.13.9
 .venv-train/bin/uv pip install --quiet --python {PYTHON} --compile-bytecode --requirements environments/train.txt
+.venv-train/bin/uv pip install --quiet --python {PYTHON} --no-deps --requirements environments/unpinned.txt
 """
 TORCHRUN = (
     '{python} -m torch.distributed.run --nnodes "$SKYPILOT_NUM_NODES" --node-rank "$SKYPILOT_NODE_RANK" '

@@ -9,7 +9,6 @@ from ml.architectures import MMDiT as MMDiTSection
 from ml.architectures import Model
 from ml.architectures import STDiT as STDiTSection
 from ml.architectures import STDiT2 as STDiT2Section
-from ml.models.inputs import Denoiser
 from ml.models.mmdit import MMDiT
 from ml.models.stdit import STDiT
 from ml.models.stdit2 import STDiT2
@@ -54,8 +53,3 @@ def load_network(folder: Path, network: Network, recipe: str) -> Card:
 def num_parameters(network: nn.Module) -> int:
     """Learned parameters; buffers (the null caption, tables of positions) do not count."""
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-def as_denoiser(network: Network) -> Denoiser:
-    """The network as the protocol that samplers and trainers speak to."""
-    return network

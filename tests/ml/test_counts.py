@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ml import architectures as a
 from ml.counts import block_flops, forward_flops, parameters, recomputed_fraction, token_grid
 from ml.models.inputs import Inputs, Text
-from ml.models.networks import as_denoiser, build_network, num_parameters
+from ml.models.networks import build_network, num_parameters
 from ml.recipe import Recipe, available
 
 SPLIT = a.MMDiT(cond_embed=True, fused_qkv=False, use_liger_rope=True)
@@ -165,7 +165,7 @@ def counted(config: a.Model, grid: tuple[int, int, int], num_text: int) -> int:
     text = Text(context, torch.zeros(1, config.vec_in_dim if mmdit else 1, device="meta"), torch.ones(1, num_text))
     inputs = Inputs(text, 8 * grid[1], 8 * grid[2], grid[0], torch.full((1,), 24.0, device="meta"), guidance=4.0)
     x, t = torch.zeros(1, channels, *grid, device="meta"), torch.zeros(1, device="meta")
-    call = as_denoiser(network).arguments(x, t, inputs)
+    call = network.arguments(x, t, inputs)
     # Sizes are read as numbers, and which tokens are real decides shapes: neither is there on the meta device.
     call |= {name: torch.full((1,), 512.0) for name in ("height", "width") if name in call}
     call |= {"mask": None} if "mask" in call else {}

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Log variance that a fresh posterior starts with. At 0 the noise of a sample (1) drowns the mean, whose spread is far
-# below 1 before training, and the decoder's first steps are lost on it.
-FIRST_LOGVAR = -8.0
+from ml.models.autoencoders.carry import FIRST_LOGVAR
+
 COLOURS, MIRRORED = 3, 6
 # Spread of pixels in [-1, 1]: the group norm before the last convolution divides by it.
 PIXEL_STD = 0.5

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ml.models.inputs import Inputs, Text, denoise
-from ml.models.networks import as_denoiser, build_network, load_network, num_parameters, save_network
+from ml.models.networks import build_network, load_network, num_parameters, save_network
 from ml.models.weights import WEIGHTS, CheckpointMismatch, Origin, read_card
 from ml.recipe import Recipe
 
@@ -64,7 +64,7 @@ def test_what_is_written_says_the_same_when_read_back(recipe: Recipe, tmp_path: 
     assert (card.kind, card.origin) == (recipe.model.kind, Origin(recipe.id, "stage1"))
     x, t, inputs = told(recipe)
     with torch.no_grad():
-        one, two = (denoise(n, as_denoiser(n), x, t, inputs) for n in (network, other))
+        one, two = (denoise(n, n, x, t, inputs) for n in (network, other))
     assert torch.equal(one, two)
     assert one.shape[0] == 2
     assert one.shape[1] in (x.shape[1], 2 * x.shape[1])
@@ -82,14 +82,14 @@ def test_the_null_caption_is_written_though_nobody_trains_it(recipe: Recipe, tmp
     assert torch.equal(written["y_embedder.y_embedding"], network.state_dict()["y_embedder.y_embedding"])
     assert all(torch.equal(written[name], tensor) for name, tensor in average.items())
     assert "y_embedder.y_embedding" not in average
-    null = as_denoiser(network).null_context
+    null = network.null_context
     assert null is not None
     assert null.shape == (recipe.text.max_tokens, recipe.text.context_dim)
     assert torch.equal(null, written["y_embedder.y_embedding"])
 
 
 def test_2_0_holds_no_null_caption(mini: Recipe) -> None:
-    assert as_denoiser(build_network(mini.network)).null_context is None
+    assert build_network(mini.network).null_context is None
 
 
 def test_buffers_do_not_count_as_parameters(make_generation: Generation) -> None:
@@ -131,8 +131,8 @@ def test_samples_of_a_batch_do_not_see_each_other(make_generation: Generation) -
         x, t, inputs = told(recipe)
         alone = replace(inputs, text=_rows(inputs.text, slice(1, 2)), fps=inputs.fps[1:])
         with torch.no_grad():
-            both = denoise(network, as_denoiser(network), x, t, inputs)
-            one = denoise(network, as_denoiser(network), x[1:], t[1:], alone)
+            both = denoise(network, network, x, t, inputs)
+            one = denoise(network, network, x[1:], t[1:], alone)
         torch.testing.assert_close(both[1:], one, rtol=1e-4, atol=1e-5)
 
 
