@@ -6,7 +6,12 @@ from ml.recipe import Recipe
 from ml.released import source_fingerprint
 from ml.sections import Pretrained, Stage
 
-_TRAINING = ("tier", "steps", "buckets", "conditions", "optimizer", "ema_decay", "engine")
+# Neither hardware nor how work is spread over it: a checkpoint made on eight ranks is the same asset made on one.
+_ENGINE = ("precision", "grad_clip", "accumulate", "fp8")
+_TRAINING = (
+    *("tier", "steps", "buckets", "conditions", "optimizer", "ema_decay", "lora", "guard", "loading.source"),
+    *(f"engine.{field}" for field in _ENGINE),
+)
 
 
 def checkpoint_key(recipe: Recipe, stage: Stage) -> tuple[str, str]:

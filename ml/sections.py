@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ml.architectures import AutoencoderNet, Latent, Source
+from ml.methods import Engine, Guard, Loading, Lora, Survival, Validation
 from ml.reconstruction import AutoencoderLoss
 from ml.section import Fraction, Name, Positive, PositiveFloat, Section
 from ml.shapes import Law
@@ -21,18 +22,33 @@ class Range(Section):
 
 
 class Compute(Section):
-    """Where a task runs: `accelerators` as SkyPilot writes them (`CPU:2`, `H200:8`), nodes, and the price-book row."""
+    """Where a task runs: `accelerators` as SkyPilot writes them (`CPU:2`, `H200:8`), nodes, and the price-book row.
+
+    `processes` is how many a training starts on each node; None is one for every GPU, and one on a CPU.
+    """
 
     accelerators: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9-]*:\d+$")]
     nodes: Positive
     price: str
     infra: str | None = None
     use_spot: bool = False
+    processes: Positive | None = None
 
     @property
     def devices(self) -> int:
         """Accelerators (or cores, for `CPU:n`) over all nodes."""
         return int(self.accelerators.split(":")[1]) * self.nodes
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether no accelerator is asked for."""
+        return self.accelerators.startswith("CPU:")
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a training over all nodes: `processes` a node, else one a GPU, and one on a CPU."""
+        each = 1 if self.on_cpu else int(self.accelerators.split(":")[1])
+        return (self.processes or each) * self.nodes
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -155,6 +171,13 @@ class AutoencoderStage(Section):
     ema_decay: Fraction | None = None
     loss: AutoencoderLoss
     checkpoint_every: Positive
+    keep_checkpoints: Positive = 2
+    engine: Engine = Engine(
+        kind="plain", precision="fp32", grad_clip=1.0, accumulate=1, sequence_parallel=1, checkpoint_blocks=(0, 0)
+    )
+    guard: Guard = Guard()
+    loading: Loading = Loading()
+    survival: Survival = Survival()
     compute: Compute
 
 
@@ -233,17 +256,6 @@ class Bucket(Section):
     batch: Positive
 
 
-class Engine(Section):
-    """How training is distributed and in which precision; `plain` drives one device and no sequence parallelism."""
-
-    kind: Literal["plain"]
-    precision: Literal["fp32", "bf16"]
-    grad_clip: PositiveFloat
-    accumulate: Positive
-    sequence_parallel: Positive
-    checkpoint_blocks: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
-
-
 class Published(Section):
     """What the original reported for this stage, to stand beside our plan."""
 
@@ -269,6 +281,11 @@ class Stage(Section):
     checkpoint_every: Positive
     keep_checkpoints: Positive
     engine: Engine
+    lora: Lora | None = None
+    guard: Guard = Guard()
+    loading: Loading = Loading()
+    survival: Survival = Survival()
+    validation: Validation | None = None
     utilisation: Fraction
     compute: Compute
     published: Published | None = None

@@ -37,7 +37,7 @@ LIGHT_FILES = {
     f"ml/{name}.py"
     for name in (
         *("recipe", "section", "sections", "architectures", "processes", "reconstruction", "aspects", "shapes"),
-        *("manifest", "counts", "plan", "score_text", "entry"),
+        *("methods", "manifest", "counts", "plan", "score_text", "entry"),
     )
 }
 

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ml.engines.protocol import Engine, EngineError, MakeOptimizer, MakeScheduler, Tensors
+from ml.methods import Engine as EngineSection
 from ml.sections import Compute
-from ml.sections import Engine as EngineSection
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

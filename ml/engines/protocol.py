@@ -1,13 +1,14 @@
 """How training is distributed, as the trainer sees it: one protocol, so that the trainer knows no engine.
 
 `masters`, `gather` and `scatter` serve the moving average, exact resume in bf16 and export alike: masters are the live
-fp32 weights (or this rank's shard of them), gather makes full tensors of shards, scatter is its inverse.
+fp32 weights (or this rank's shard of them), gather makes full tensors of shards, scatter is its inverse. Full tensors
+carry the names and shapes of the unwrapped model, whatever the engine, so that what one engine saved another resumes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,42 @@ class EngineError(ValueError):
     """An engine that cannot do what the recipe asks, with what to change."""
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What AdamW keeps: means of the gradients and of their squares, and how many updates each weight has had.
+
+    `mean` and `square` are laid out as `masters`; a weight that never had a gradient is absent from all three.
+    """
+
+    mean: Mapping[str, Tensor]
+    square: Mapping[str, Tensor]
+    updates: Mapping[str, int]
+
+
 class Engine(Protocol):
-    """One way to run the forward, the backward and the update; wraps the model once, in `setup`."""
+    """One way to run the forward, the backward and the update; wraps the model once, in `setup`.
+
+    Of `size` ranks, `data_size` groups take different batches; the ranks of a group (sequence x tensor x pipeline)
+    share one. Methods marked *together* must be called by all ranks at the same point.
+    """
 
     device: torch.device
     dtype: torch.dtype
-    is_main: bool
+    rank: int
+    size: int
     data_rank: int
     data_size: int
     model: nn.Module
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        ...
+
     def setup(self, model: nn.Module, optimizer: MakeOptimizer, scheduler: MakeScheduler) -> None:
-        """Take the model (fp32 weights) to the device and dtype, and make optimizer and schedule over its masters."""
+        """Take the model (fp32 weights, the same on all ranks) to the device and dtype; optimizer and schedule over its
+        masters. Together.
+        """
         ...
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
@@ -42,43 +67,68 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add this loss's gradients."""
+        """Add this loss's gradients. Together."""
         ...
 
     def step(self) -> float:
-        """Clip, update, advance the schedule, clear the gradients; returns the gradient norm before clipping."""
+        """Clip, update, advance the schedule, clear the gradients; the gradient norm (over all ranks) before clipping.
+
+        Nothing is updated when the norm is not finite; the schedule advances all the same. Together.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Drop the gradients instead of `step`; the schedule advances all the same. Together."""
         ...
 
     def learning_rate(self) -> float:
         """The rate that the next step uses."""
         ...
 
-    def mean(self, value: float) -> float:
-        """The mean of a number over all data ranks, for logs."""
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks, in float64. Together."""
+        ...
+
+    def collect(self, value: Any) -> list[Any]:
+        """What every rank gave, in the order of ranks, on all of them; plain data only. Together."""
+        ...
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean over all ranks into each tensor, in place: for what an objective trains by itself. Together."""
         ...
 
     def masters(self) -> Tensors:
-        """The live fp32 weights by name, or this rank's shard of each."""
+        """The live fp32 weights by name, or this rank's shard of each; only those that are trained."""
         ...
 
-    def gather(self, shards: Mapping[str, Tensor]) -> Tensors:
-        """Full tensors on the CPU of the main rank, from shards laid out as `masters`."""
+    def moments(self) -> Moments:
+        """The optimizer's live state, laid out as `masters`."""
+        ...
+
+    def gather(self, shards: Mapping[str, Tensor], spread: bool = False) -> Tensors:
+        """Full tensors, copied to the CPU, from shards laid out as `masters`.
+
+        All of them on the main rank and nothing elsewhere; `spread` gives every rank a part of the names instead, so
+        that the parts together are all of them and no rank holds more than about its share of the bytes. Together.
+        """
         ...
 
     def scatter(self, full: Mapping[str, Tensor]) -> Tensors:
-        """Shards laid out as `masters`, from full tensors."""
+        """Shards on the device, laid out as `masters`, from full tensors; every rank is given all names.
+
+        `full` may read each tensor only when it is asked for it. Together.
+        """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write masters, optimizer and schedule into a folder (`master.safetensors`, `optimizer/`, `scheduler.pt`)."""
-        ...
+    def restore(self, masters: Mapping[str, Tensor], moments: Moments, steps: int) -> None:
+        """Take back full weights, full optimizer state, and a schedule that has made `steps` steps. Together.
 
-    def load(self, folder: Path) -> None:
-        """Take them back."""
+        Raises EngineError when the weights are of another network, naming the first that differs.
+        """
         ...
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks. Together."""
         ...
 
     def close(self) -> None:

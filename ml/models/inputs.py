@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ml.models.recompute import Recompute
 from ml.models.weights import Card, Origin
 
 
@@ -68,6 +69,7 @@ class Denoiser(Protocol):
     """What the house asks of a transformer, whatever its generation (each is an `nn.Module` too)."""
 
     checkpoint_blocks: tuple[int, int]
+    recompute: Recompute
 
     @property
     def null_context(self) -> Tensor | None:

@@ -10,7 +10,6 @@ from typing import Any, TypedDict, Unpack, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ml.architectures import MMDiT as MMDiTSection
 from ml.architectures import hyper_of
@@ -18,6 +17,7 @@ from ml.models.inputs import Inputs
 from ml.models.layers import MLPEmbedder, Modulation, timestep_embedding
 from ml.models.mmdit_blocks import DoubleBlock, FinalLayer, Rope, SingleBlock
 from ml.models.positional import named
+from ml.models.recompute import Recompute
 from ml.models.rope import positions, rope_angles
 from ml.models.sequence import PlainSequence, SequenceParallel
 from ml.models.weights import Card, Origin
@@ -41,13 +41,15 @@ class MMDiT(nn.Module):
     """The network: `MMDiT(section)`, or `MMDiT(depth=19, ...)` under the original's names; random until loaded.
 
     `checkpoint_blocks` = how many double and single blocks recompute their activations in backward; it starts as
-    `grad_ckpt_settings` (none where that is None). `sp` is the seam of sequence-parallel engines.
+    `grad_ckpt_settings` (none where that is None), and `recompute` says how. `sp` is the seam of sequence-parallel
+    engines.
     """
 
     def __init__(self, config: MMDiTSection | None = None, **hyper: Any) -> None:
         super().__init__()
         self.config = config = config or hyper_of(MMDiTSection, hyper)
         self.checkpoint_blocks = config.grad_ckpt_settings or (0, 0)
+        self.recompute = Recompute()
         self.sp: SequenceParallel = PlainSequence()
         width, token = config.hidden_size, config.in_channels
         self.img_in = nn.Linear(token, width)
@@ -124,10 +126,10 @@ class MMDiT(nn.Module):
         txt = self.sp.split(self.txt_in(txt), dim=1)
         rope = self._rope(torch.cat([self.sp.split(txt_ids, dim=1), self.sp.split(img_ids, dim=1)], dim=1), img.dtype)
         for index, block in enumerate(self.double_blocks):
-            img, txt = self._run(block, index < self.checkpoint_blocks[0], img, txt, vec, rope)
+            img, txt = self.recompute.run(block, index < self.checkpoint_blocks[0], img, txt, vec, rope, self.sp)
         joint, num_text = torch.cat([txt, img], dim=1), txt.shape[1]
         for index, block in enumerate(self.single_blocks):
-            joint = self._run(block, index < self.checkpoint_blocks[1], joint, vec, rope)
+            joint = self.recompute.run(block, index < self.checkpoint_blocks[1], joint, vec, rope, self.sp)
         return self.sp.gather(self.final_layer(joint[:, num_text:], vec), dim=1)
 
     def _vec(self, t: Tensor, pooled: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -152,11 +154,6 @@ class MMDiT(nn.Module):
         angles = rope_angles(ids, self.config.axes_dim, self.config.theta)[:, None]
         wide = torch.promote_types(dtype, torch.float32)
         return Rope(angles.cos().to(wide), angles.sin().to(wide), self.config.use_liger_rope)
-
-    def _run(self, block: nn.Module, recompute: bool, *args: object) -> Any:
-        if recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, self.sp, use_reentrant=False)
-        return block(*args, self.sp)
 
 
 def initialise(network: MMDiT) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ml import architectures
 from ml.models.inputs import Inputs
 from ml.models.layers import modulate
+from ml.models.recompute import Recompute
 from ml.models.stdit_layers import (
     Attention,
     CaptionEmbedder,
@@ -29,7 +30,6 @@ from ml.models.stdit_layers import (
     initialise,
     pack_text,
     plane,
-    run_block,
     sincos,
     table,
     token_grid,
@@ -57,7 +57,7 @@ class STDiT(nn.Module):
     def __init__(self, config: architectures.STDiT | None = None, **hyper: Any) -> None:
         super().__init__()
         self.config = config = config or architectures.hyper_of(architectures.STDiT, hyper)
-        self.checkpoint_blocks = (0, 0)
+        self.checkpoint_blocks, self.recompute = (0, 0), Recompute()
         width, patch = config.hidden_size, config.patch_size
         grid = tuple(size // cell for size, cell in zip(config.input_size, patch, strict=True))
         self.register_buffer("pos_embed", self.spatial_positions(grid[1], grid[2]))
@@ -112,7 +112,7 @@ class STDiT(nn.Module):
         moment = Moment(self.t_block(t))
         for index, block in enumerate(self.blocks):
             start = temporal.to(tokens.dtype) if index == 0 else None
-            tokens = run_block(block, index < self.checkpoint_blocks[0], tokens, moment, text, start)
+            tokens = self.recompute.run(block, index < self.checkpoint_blocks[0], tokens, moment, text, start)
         return unpatchify(self.final_layer(tokens, t), shape, config.patch_size, config.out_channels).float()
 
     def spatial_positions(self, height: int, width: int, device: torch.device | None = None) -> Tensor:

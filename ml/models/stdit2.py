@@ -15,6 +15,7 @@ from ml import architectures
 from ml.models.inputs import Inputs
 from ml.models.layers import modulate
 from ml.models.positional import named
+from ml.models.recompute import Recompute
 from ml.models.stdit_layers import (
     Attention,
     CaptionEmbedder,
@@ -34,7 +35,6 @@ from ml.models.stdit_layers import (
     freeze_parameters,
     initialise,
     pack_text,
-    run_block,
     table,
     token_grid,
     unpatchify,
@@ -74,7 +74,7 @@ class STDiT2(nn.Module):
     def __init__(self, config: architectures.STDiT2 | None = None, **hyper: Any) -> None:
         super().__init__()
         self.config = config = config or architectures.hyper_of(architectures.STDiT2, hyper)
-        self.checkpoint_blocks = (0, 0)
+        self.checkpoint_blocks, self.recompute = (0, 0), Recompute()
         width, patch = config.hidden_size, config.patch_size
         self.pos_embed = PositionEmbedding2D(width)
         self.x_embedder = PatchEmbed3D(patch, config.in_channels, width)
@@ -155,7 +155,7 @@ class STDiT2(nn.Module):
         text = pack_text(self.y_embedder(y.to(dtype)), mask)
         rope = self.rope(torch.arange(tokens.shape[1], device=x.device))
         for index, block in enumerate(self.blocks):
-            tokens = run_block(block, index < self.checkpoint_blocks[0], tokens, spatial, temporal, text, rope)
+            tokens = self.recompute.run(block, index < self.checkpoint_blocks[0], tokens, spatial, temporal, text, rope)
         # Active frames end with the plain time embedding, given ones with time 0 and the clip's size: as released.
         out = self.final_layer(tokens, t, x_mask, None if t0 is None else t0 + space)
         return unpatchify(out, x.shape, config.patch_size, config.out_channels).float()

@@ -11,11 +11,11 @@ from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ml import architectures
 from ml.models.inputs import Inputs
 from ml.models.positional import named
+from ml.models.recompute import Recompute
 from ml.models.stdit3_blocks import Heard, Place, STDiT3Block
 from ml.models.stdit_layers import (
     CaptionEmbedder,
@@ -80,7 +80,7 @@ class STDiT3(nn.Module):
     def __init__(self, config: architectures.STDiT3 | None = None, **hyper: Any) -> None:
         super().__init__()
         config = config or architectures.hyper_of(architectures.STDiT3, hyper)
-        self.config, self.checkpoint_blocks = config, (0, 0)
+        self.config, self.checkpoint_blocks, self.recompute = config, (0, 0), Recompute()
         width, head_size = config.hidden_size, config.hidden_size // config.num_heads
         windowed = config.kernel_size is not None
         self.pos_embed = PositionEmbedding2D(width)
@@ -172,9 +172,10 @@ class STDiT3(nn.Module):
         tokens = tokens + self.pos_embed(tokens, grid[1], grid[2], scale, round((grid[1] * grid[2]) ** 0.5))
         place = self._place(grid, scale, tokens)
         for index, spatial in enumerate(self.spatial_blocks):
-            tokens = self._run(spatial, index, tokens, moment, heard, place)
-            if not self.config.skip_temporal:
-                tokens = self._run(self.temporal_blocks[index], index, tokens, moment, heard, place)
+            chosen = index < self.checkpoint_blocks[0]
+            tokens = self.recompute.run(spatial, chosen, tokens, moment, heard, place)
+            for temporal in self.temporal_blocks[index : index + 1]:
+                tokens = self.recompute.run(temporal, chosen, tokens, moment, heard, place)
         out = self.final_layer(tokens, t, x_mask, t0)
         whole = unpatchify(out, latent.shape, self.config.patch_size, self.config.out_channels)
         return whole[:, :, :, : x.shape[3]].float()
@@ -245,13 +246,6 @@ class STDiT3(nn.Module):
             return Place(grid, spatial, self.rope(torch.arange(frames, device=like.device)))
         windows = Windows.cut((height, width, frames), self.config.kernel_size)
         return Place(grid, spatial, grid_rope(self.rope, windows.size, scale), windows.mask(like))
-
-    def _run(self, block: nn.Module, index: int, *args: object) -> Tensor:
-        if index < self.checkpoint_blocks[0] and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, *args, use_reentrant=False)
-            return out
-        out = block(*args)
-        return out
 
 
 def initialise(network: STDiT3) -> None:

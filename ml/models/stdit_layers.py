@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ml.models.attention import attention, packed_attention
 from ml.models.layers import NORM_EPS, modulate, timestep_embedding
@@ -322,15 +321,6 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
     return x * keep / (1 - rate)
-
-
-def run_block(block: nn.Module, recompute: bool, *given: object) -> Tensor:
-    """What a block makes of the tokens; `recompute` keeps no activations and runs it again in the backward pass."""
-    if recompute and torch.is_grad_enabled():
-        remade: Tensor = checkpoint(block, *given, use_reentrant=False)
-        return remade
-    made: Tensor = block(*given)
-    return made
 
 
 def initialise(network: nn.Module, gaussian: Iterable[nn.Module], silent: Iterable[nn.Module]) -> None:

@@ -1,20 +1,25 @@
 """From a recipe's stage to the plan of its training: seeds, cadence, and whose checkpoints may be resumed."""
 
 from pathlib import Path
+from typing import Any
 
 from ml.manifest import stable_id
+from ml.methods import Engine
 from ml.recipe import Recipe
-from ml.sections import AutoencoderStage, Engine, Stage
+from ml.sections import AutoencoderStage, Stage
 from ml.training.checkpoint import Identity
 from ml.training.trainer import Plan
 
-# The autoencoder is trained in fp32 without accumulation; its stages have no engine section.
-AUTOENCODER_ENGINE = Engine(
-    kind="plain", precision="fp32", grad_clip=1.0, accumulate=1, sequence_parallel=1, checkpoint_blocks=(0, 0)
-)
-KEEP_AUTOENCODER_CHECKPOINTS = 2
-# What a stage costs, and how often it saves, does not change what it learns: a checkpoint survives such edits.
-NOT_TRAINING = {"compute", "published", "utilisation", "checkpoint_every", "keep_checkpoints"}
+# What a stage costs, how often it saves and looks, and how its work is spread over ranks does not change what it
+# learns: a checkpoint survives such edits.
+LEARNS = {"precision", "grad_clip", "accumulate", "fp8"}
+NOT_TRAINING: dict[str, Any] = {
+    **dict.fromkeys(
+        ("compute", "published", "utilisation", "checkpoint_every", "keep_checkpoints", "validation", "survival"), True
+    ),
+    "loading": {"workers", "ahead", "timeout_seconds"},
+    "engine": set(Engine.model_fields) - LEARNS,
+}
 
 
 def stage_plan(recipe: Recipe, stage: Stage, out: Path) -> Plan:
@@ -40,9 +45,9 @@ def autoencoder_plan(recipe: Recipe, stage: AutoencoderStage, out: Path) -> Plan
         identity=_identity(recipe, stage, recipe.digest("seed"), network),
         seed=_seed(recipe, stage),
         steps=stage.steps,
-        accumulate=AUTOENCODER_ENGINE.accumulate,
+        accumulate=stage.engine.accumulate,
         checkpoint_every=stage.checkpoint_every,
-        keep_checkpoints=KEEP_AUTOENCODER_CHECKPOINTS,
+        keep_checkpoints=stage.keep_checkpoints,
         ema_decay=stage.ema_decay,
     )
 

@@ -1,10 +1,19 @@
-"""A recipe small enough to train in seconds, a dataset of real clip files, and latents in the format of `ml.encode`."""
+"""A recipe small enough to train in seconds, a dataset of real clip files, latents in the format of `ml.encode`, and
+`ranks`, which runs a function in several processes that form a torch.distributed world over gloo.
+"""
 
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pandas as pd
 import pytest
 
@@ -205,3 +214,101 @@ def make_call(tmp_path: Path) -> Callable[..., Call]:
         return Call(op, recipe, tmp_path, folder, given, options, RunLog())
 
     return make
+
+
+Ranks = Callable[..., list[Any]]
+
+
+class ByValue:
+    """A callable that another process can load though it cannot import the test module that holds it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        module = sys.modules[self.function.__module__]
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            return cloudpickle.loads, (cloudpickle.dumps(self.function),)
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Ranks:
+    """Call `ranks(function, *args, count=2, timeout=120)`: what every rank's `function(*args)` returned, in order.
+
+    Ranks see the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...) and start in about a
+    second, forked from a server that has imported torch. A rank that fails takes the others with it, and the test gets
+    its traceback. `expect_death=True` returns the exit codes instead.
+    """
+    return _ranks
+
+
+def _ranks(
+    function: Callable[..., Any], *args: Any, count: int = 2, timeout: float = 120.0, expect_death: bool = False
+) -> list[Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "safetensors.torch"])
+    port = _free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+    started = [
+        context.Process(target=ByValue(_rank), args=(ByValue(function), args, rank, count, port, pipes[rank][1]))
+        for rank in range(count)
+    ]
+    for process, (_, ours) in zip(started, pipes, strict=True):
+        process.start()
+        ours.close()
+    try:
+        said = _answers(started, [theirs for theirs, _ in pipes], time.monotonic() + timeout, expect_death)
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+    if expect_death:
+        return [process.exitcode for process in started]
+    return said
+
+
+def _rank(function: Any, args: Any, rank: int, count: int, port: int, pipe: Any) -> None:
+    os.environ.update(
+        {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        answer = (True, function(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send_bytes(cloudpickle.dumps(answer))
+    pipe.close()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _answers(started: list[Any], pipes: list[Any], deadline: float, expect_death: bool) -> list[Any]:
+    """What the ranks sent; raises with the traceback of the first that failed, died or took too long."""
+    answers: dict[int, Any] = {}
+    while len(answers) < len(started):
+        for rank, pipe in enumerate(pipes):
+            if rank in answers or not pipe.poll(0.02):
+                continue
+            try:
+                good, answer = cloudpickle.loads(pipe.recv_bytes())
+            except EOFError:
+                started[rank].join()
+                good, answer = expect_death, f"died with exit code {started[rank].exitcode}"
+            assert good, f"rank {rank} of {len(started)}: {answer}"
+            answers[rank] = answer
+        assert time.monotonic() < deadline, f"ranks {sorted({*range(len(started))} - {*answers})} took too long"
+    return [answers[rank] for rank in range(len(started))]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
