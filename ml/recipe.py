@@ -84,6 +84,12 @@ class Recipe(Section):
         return self.model.model_copy(update=sizes)
 
     @property
+    def told_guidance(self) -> float | None:
+        """The guidance scale that a guidance-distilled network is told; None for any other."""
+        distilled = isinstance(self.model, MMDiT) and self.model.guidance_embed
+        return self.sampling.guidance_text if distilled else None
+
+    @property
     def phases(self) -> tuple[s.AutoencoderStage | s.Stage, ...]:
         """Every training stage, the autoencoder's first."""
         return (*self.autoencoder.stages, *self.stages)

@@ -7,12 +7,10 @@ folder; its path is relative to the workspace.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from infra.registry import Imported, Registry
-from infra.storage import sha256_of
+from infra.registry import Registry
 from ml.entry import Call, CallError
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -65,7 +63,7 @@ def _there(call: Call, key: str, uri: str, instead: str) -> Path:
 
 
 def _import(call: Call, wish: "Wish", uri: str) -> None:
-    from ml.weights import check_weights, place
+    from ml.weights import check_weights, imported_from, place
 
     checked = check_weights(wish)
     digest = checked.official.sha256()
@@ -80,26 +78,9 @@ def _import(call: Call, wish: "Wish", uri: str) -> None:
         "names": checked.report.counts(),
     }
     if call.log.uri:
-        facts["mlflow_model"] = _recorded(call, wish, facts)
+        facts["mlflow_model"] = Registry(str(call.log.uri)).record(imported_from(wish, checked, call.out, digest))
     # Where weights come from is written in import.json; what they are is not: a licence makes no stage stale.
     call.finish({"num_parameters": parameters}, facts=facts, data=["weights.safetensors", "model.json"])
-
-
-def _recorded(call: Call, wish: "Wish", facts: Mapping[str, Any]) -> str:
-    """The external model in MLflow that `opensora weights import` would have recorded; its id."""
-    card = json.loads((call.out / "model.json").read_text(encoding="utf-8"))
-    weights = call.out / "weights.safetensors"
-    imported = Imported(
-        name=f"opensora-{call.recipe.id}-{wish.part}",
-        weights_uri=weights.absolute().as_uri(),
-        sha256=sha256_of(weights),
-        source=wish.path.name,
-        source_sha256=facts["source_sha256"],
-        source_url=wish.url,
-        licence=wish.licence,
-        params={"kind": card["kind"], "recipe": call.recipe.id, "part": wish.part, "layout": facts["layout"]},
-    )
-    return Registry(str(call.log.uri)).record(imported)
 
 
 def _with_shards(path: Path) -> list[Path]:

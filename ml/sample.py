@@ -134,8 +134,7 @@ def measure_losses(call: Call) -> None:
     latents = LatentDataset(call.input("latents"))
     keys = chosen_clips(latents.groups("holdout"), recipe.evaluation.loss_clips, recipe.seed)
     times = even_times(recipe.evaluation.loss_timesteps)
-    told = recipe.sampling.guidance_text if recipe.model.kind == "mmdit" and recipe.model.guidance_embed else None
-    grid = Grid(keys, times, recipe.seed, build_process(recipe.objective), told)
+    grid = Grid(keys, times, recipe.seed, build_process(recipe.objective), recipe.told_guidance)
     found: dict[str, HeldOut] = {}
     networks = [("untrained", None), *zip(names, folders, strict=True)]
     for name, folder in tqdm(networks, desc="held-out loss", unit="network"):

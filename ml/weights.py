@@ -75,23 +75,23 @@ def import_weights(wish: Wish, checked: Checked, workspace: Workspace, registry:
     reused = _finished(folder, wish, checked, source)
     if not reused:
         place(folder, wish, checked, source)
-    ours = sha256_of(folder / WEIGHTS)
-    imported = Imported(
+    imported = imported_from(wish, checked, folder, source)
+    return Placed(folder, imported.sha256, registry.record(imported), reused)
+
+
+def imported_from(wish: Wish, checked: Checked, folder: Path, source_sha256: str) -> Imported:
+    """What MLflow is told of placed weights."""
+    about = {"kind": read_card(folder).kind, "recipe": wish.recipe.id, "part": wish.part}
+    return Imported(
         name=f"opensora-{wish.recipe.id}-{wish.part}",
         weights_uri=(folder / WEIGHTS).absolute().as_uri(),
-        sha256=ours,
+        sha256=sha256_of(folder / WEIGHTS),
         source=wish.path.name,
-        source_sha256=source,
+        source_sha256=source_sha256,
         source_url=wish.url,
         licence=wish.licence,
-        params={
-            "kind": read_card(folder).kind,
-            "recipe": wish.recipe.id,
-            "part": wish.part,
-            "layout": checked.report.source,
-        },
+        params={**about, "layout": checked.report.source},
     )
-    return Placed(folder, ours, registry.record(imported), reused)
 
 
 def export_weights(folder: Path, layout: exports.Layout, to: Path) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ml.architectures import MMDiT
 from ml.batching.datasets import to_frames
 from ml.batching.video import Frames
 from ml.diffusion import guidance, mask_strategy, solver
@@ -93,14 +92,8 @@ class Generator:
         tokens = self.recipe.strides.tokens(self.size, 1)
         shape = Shape(self.sampling.frames, self.size.height, self.size.width, self.grid[1], tokens)
         # A guidance-distilled network is told the scale and needs no second row.
-        alone = {} if self._distilled is None else {"guidance_text": 1.0, "guidance_image": 1.0}
+        alone = {} if self.recipe.told_guidance is None else {"guidance_text": 1.0, "guidance_image": 1.0}
         return solver.Sampler(self.recipe.objective, self.sampling.model_copy(update=alone), shape, kind)
-
-    @property
-    def _distilled(self) -> float | None:
-        """The scale that a guidance-distilled network is told; None for any other."""
-        model = self.recipe.model
-        return self.sampling.guidance_text if isinstance(model, MMDiT) and model.guidance_embed else None
 
     @property
     def _causal(self) -> bool:
@@ -174,7 +167,7 @@ class Generator:
             width=self.size.width,
             frames=self.sampling.frames,
             fps=torch.full((count,), float(self.sampling.fps), device=self.device),
-            guidance=self._distilled,
+            guidance=self.recipe.told_guidance,
         )
         return inputs, replace(inputs, text=guidance.null_text(text, own, negative).expand(count))
 
