@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from operator import sub
 from types import SimpleNamespace
@@ -24,14 +23,6 @@ from ml.models.attention import (
 )
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _random(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:

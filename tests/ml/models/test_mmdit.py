@@ -1,7 +1,6 @@
 """The transformer of 2.0: the original's names, sizes and forward, identities of packing, and that it learns."""
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -34,14 +33,6 @@ VARIANTS = {
     "double only": {**RELEASED, "depth_single_blocks": 0},
     "dc-ae": {**RELEASED, "in_channels": 128, "patch_size": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _random(network: MMDiT) -> MMDiT:

@@ -1,7 +1,6 @@
 """STDiT-3: released names and sizes, masks, given frames, windows, recomputation, and the house's call."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,14 +17,6 @@ from ml.models.weights import Origin
 TINY: dict[str, Any] = {"hidden_size": 48, "depth": 2, "num_heads": 4, "caption_channels": 10, "model_max_length": 7}
 WINDOWED: dict[str, Any] = {**TINY, "kernel_size": (2, 3, -1), "use_spatial_rope": True}
 SHAPE = (2, 4, 3, 6, 10)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _network(**hyper: Any) -> STDiT3:

@@ -1,7 +1,6 @@
 """The block of STDiT-3 restated by hand, and who hears which text."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,6 @@ from ml.models.windows import grid_rope
 WIDTH, HEADS, HEAD = 48, 4, 12
 GRID = (3, 2, 5)
 LENGTHS = [4, 7]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _block(temporal: bool, drop_rate: float = 0.0, **hyper: Any) -> STDiT3Block:

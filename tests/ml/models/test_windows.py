@@ -1,7 +1,6 @@
 """Windows: they cover the grid once, attend as full attention under a block mask, and turn by places inside them."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +11,6 @@ from ml.models.windows import WindowAttention, WindowError, Windows, grid_rope, 
 
 GRIDS = [(4, 6, 3), (5, 7, 3), (1, 1, 1), (8, 3, 5)]
 WIDTH, HEADS = 24, 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """HunyuanVideo's autoencoder: released names and size, causality, normalised latents, tiles, and that it learns."""
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +11,6 @@ from ml.models.autoencoders.hunyuan import HunyuanAutoencoder
 
 TINY = HunyuanNet(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=1)
 IN_TIME = TINY.model_copy(update={"use_temporal_tiling": True})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

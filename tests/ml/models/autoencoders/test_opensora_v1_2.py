@@ -1,6 +1,5 @@
 """OpenSora-VAE 1.2: released names and size, lengths, causality, micro frames, normalisation, training, its start."""
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,14 +17,6 @@ TINY = OpenSoraV12Net(
     num_res_blocks=1,
     num_groups=1,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The temporal part of OpenSora-VAE 1.2: causality, the pad in front, and a block against a closed form."""
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,14 +8,6 @@ from ml.architectures import OpenSoraV12Net
 from ml.models.autoencoders.opensora_v1_2_layers import CausalConv3d, ResBlock, TemporalAutoencoder
 
 TINY = OpenSoraV12Net(filters=16, num_res_blocks=1, num_groups=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @torch.no_grad()

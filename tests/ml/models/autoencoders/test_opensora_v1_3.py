@@ -1,6 +1,5 @@
 """OpenSora-VAE 1.3: released names and size, windows and their latents, causality, memory options, tiles, learning."""
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,14 +10,6 @@ from ml.architectures import Latent, OpenSoraV13Net
 from ml.models.autoencoders.opensora_v1_3 import OpenSoraV13Autoencoder
 
 TINY = OpenSoraV13Net(ch=8, num_res_blocks=1, num_groups=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The per-frame autoencoder: released names and size, frames apart, scale, tiling, and where training starts."""
 
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +11,6 @@ from ml.models.autoencoders.carry import FIRST_LOGVAR
 from ml.models.autoencoders.stable_diffusion import StableDiffusionAutoencoder
 
 TINY = StableDiffusionNet(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
