@@ -1,5 +1,6 @@
 """Training stages: one checkpoint asset per stage of the recipe, each on the one before, or released weights alone."""
 
+from assets.autoencoder import autoencoder_key
 from assets.steps import Entry, Function, Step
 from ml.entry import Call
 from ml.recipe import Recipe
@@ -73,8 +74,23 @@ def _stage(recipe: Recipe, stage: Stage, before: tuple[str, str] | None) -> Step
         purpose="headline",
         recipe=recipe,
         reads=("seed", "model", "objective", "text", *(f"stages.{stage.name}.{field}" for field in _TRAINING)),
-        inputs={"latents": ((recipe.name, "latents"),)} | init,
+        inputs=_inputs(recipe, stage) | init,
+        aside=frozenset({"prompts"}),
         options={"stage": stage.name},
         kinds=frozenset({"pytorch", "mlflow"}),
         owner="team:training",
     )
+
+
+def _inputs(recipe: Recipe, stage: Stage) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Latents, or the clips and what encodes them; what validation looks at, which decides nothing."""
+    online = stage.loading.source == "clips"
+    found: dict[str, tuple[tuple[str, str], ...]]
+    found = {"dataset": ((recipe.name, "dataset_version"),)} if online else {"latents": ((recipe.name, "latents"),)}
+    if stage.validation is not None:
+        found["latents"] = ((recipe.name, "latents"),)
+    if stage.validation is not None and stage.validation.samples:
+        found["prompts"] = ((recipe.name, "prompts"),)
+    if online or "prompts" in found:
+        found["autoencoder"] = (autoencoder_key(recipe),)
+    return found

@@ -30,6 +30,7 @@ def latent_steps(recipe: Recipe) -> list[Step]:
             kinds=frozenset({"pytorch", "parquet"}),
             owner="team:training",
             table="latents",
+            revision=2,
         )
     ]
 

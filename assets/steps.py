@@ -46,8 +46,9 @@ class Function:
 class Step:
     """One asset of the walk.
 
-    `inputs` maps the name a task knows to the asset keys it reads; `reads` are the recipe sections that decide its
-    content; `fingerprint` adds what neither covers (a shard list, the votes so far).
+    `inputs` maps the name a task knows to the asset keys it reads, of which those named in `aside` do not decide its
+    content; `reads` are the recipe sections that do; `fingerprint` adds what neither covers (a shard list, the votes so
+    far).
     """
 
     key: tuple[str, str]
@@ -58,6 +59,7 @@ class Step:
     recipe: Recipe | None = None
     reads: tuple[str, ...] = ()
     inputs: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    aside: frozenset[str] = frozenset()
     options: Mapping[str, str] = field(default_factory=dict)
     partitioned: bool = False
     kinds: frozenset[str] = frozenset()
@@ -174,7 +176,7 @@ class Walk:
             "step": "/".join(step.key),
             "code": step.code_version,
             "partition": partition,
-            "inputs": {name: [m.data_version for m in made] for name, made in inputs.items()},
+            "inputs": {name: [m.data_version for m in made] for name, made in inputs.items() if name not in step.aside},
             "fingerprint": step.fingerprint(self.workspace, partition) if step.fingerprint else "",
             "fresh": fresh,
         }

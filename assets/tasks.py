@@ -2,23 +2,28 @@
 
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from assets.steps import LOCAL, Entry, Function, Made, Step, StepError, Walk
-from infra.compute.attempt import Attempts
-from infra.compute.task import Launcher, Resources, Task
+from infra.compute.attempt import Attempts, Outcome
+from infra.compute.resume import settle_parents
+from infra.compute.supervise import GRACE_SECONDS
+from infra.compute.task import SAVE_SECONDS, Launcher, Resources, Task
 from infra.ledger import Purpose, bill
 from infra.prices import price
 from infra.runs import Bill, Status, Tag
 from infra.settings import Settings
 from infra.tracking import RunLog, Tracker
 from ml.entry import RESULT, Call
-from ml.sections import Compute
+from ml.sections import AutoencoderStage, Compute, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
+# The entry whose tasks are trainings: several processes, and started again where they stopped.
+TRAINING = "ml.train"
+Folders = Mapping[str, Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,15 @@ class Runner:
             raise StepError(f"{path}: the work ended without a result.json in {out}")
         return self._settle(step, partition, Done(made, reused=False, cost_usd=cost), started)
 
+    def once(self, step: Step, out: Path, inputs: Folders) -> Outcome:
+        """Run a step's task in a folder of its own, outside the walk: it gets a run and a bill, and no pointer to it.
+
+        Raises StepError for work that is no task, TaskFailed when it fails, TrackingError when no run can be opened.
+        """
+        if not isinstance(step.work, Entry):
+            raise StepError(f"{step.path()}: only a task runs outside the walk; this step is a function")
+        return self._launch(self._task(step, step.work, "", out, inputs))
+
     def _settle(self, step: Step, partition: str, done: Done, started: float) -> Done:
         """Point at the output and tell whoever watches."""
         self.walk.point(step, partition, done.made)
@@ -98,21 +112,23 @@ class Runner:
         tags: Mapping[str, str],
     ) -> tuple[str, float]:
         """Do the step's work into `out`; the run id and the dollars."""
-        options = {**step.options, **_shard(partition)}
+        folders = {name: tuple(m.folder for m in made) for name, made in inputs.items()}
         if isinstance(step.work, Function):
             return self._call(step, partition, Call(
                 op=step.name,
                 given_recipe=step.recipe,
                 workspace=self.walk.workspace.root,
                 out=out,
-                inputs={name: tuple(m.folder for m in made) for name, made in inputs.items()},
-                options=options,
+                inputs=folders,
+                options={**step.options, **_shard(partition)},
                 log=RunLog(None, None),
             ), tags)  # fmt: skip
-        task = self._task(step, step.work, partition, out, inputs, options)
-        attempts = Attempts(self.launcher, self.tracker, partial(self.watch.line, task.name))
-        outcome = attempts.run(replace(task, tags={**task.tags, **tags}))
+        task = self._task(step, step.work, partition, out, folders)
+        outcome = self._launch(replace(task, tags={**task.tags, **tags}))
         return outcome.run_id, outcome.cost_usd
+
+    def _launch(self, task: Task) -> Outcome:
+        return Attempts(self.launcher, self.tracker, partial(self.watch.line, task.name)).run(task)
 
     def _call(self, step: Step, partition: str, call: Call, tags: Mapping[str, str]) -> tuple[str, float]:
         """Run a small step in this process, on the bill unless it spends nothing worth a line."""
@@ -150,6 +166,7 @@ class Runner:
             compute = step.work.compute if isinstance(step.work, Entry) else LOCAL
             spent = bill(max(0.0, ended - run.started.timestamp()), compute.devices, price(compute.price))
             self.tracker.close(run.run_id, Status.FINISHED, spent)
+            settle_parents(self.tracker)
         return next((r.run_id for r in found if r.status in (Status.FINISHED, Status.RUNNING)), "")
 
     def _close_lost(self, step: Step, path: str, out: Path) -> None:
@@ -162,24 +179,21 @@ class Runner:
             spent = bill(seconds, LOCAL.devices, price(LOCAL.price))
             self.tracker.close(run.run_id, Status.KILLED, spent, failed)
 
-    def _task(
-        self,
-        step: Step,
-        work: Entry,
-        partition: str,
-        out: Path,
-        inputs: Mapping[str, list[Made]],
-        options: Mapping[str, str],
-    ) -> Task:
-        """The command of a step, with the resolved recipe written beside its output."""
+    def _task(self, step: Step, work: Entry, partition: str, out: Path, inputs: Folders) -> Task:
+        """The command of a step, with the resolved recipe written beside its output.
+
+        A training starts as many processes on each node as its compute says, and is started again as its stage says.
+        """
         arguments = [work.op, "--workspace", str(self.walk.workspace.root), "--out", str(out)]
         if step.recipe:
             document = out / "recipe.yaml"
             document.write_text(step.recipe.dump(), encoding="utf-8")
             arguments += ["--recipe", str(document)]
-        for name, made in inputs.items():
-            arguments += [part for m in made for part in ("--input", f"{name}={m.folder}")]
+        for name, folders in inputs.items():
+            arguments += [part for folder in folders for part in ("--input", f"{name}={folder}")]
+        options = {**step.options, **_shard(partition)}
         arguments += [part for pair in options.items() for part in ("--option", "=".join(pair))]
+        phase = _phase(step, work)
         return Task(
             name=step.path(partition),
             module=work.module,
@@ -189,6 +203,9 @@ class Runner:
             purpose=step.purpose,
             experiment=self.experiment(step),
             tags=self._tags(step, work.compute),
+            processes=work.compute.ranks // work.compute.nodes if phase else 1,
+            retries=phase.survival.retries if phase else 0,
+            grace_seconds=SAVE_SECONDS if phase else GRACE_SECONDS,
         )
 
     def experiment(self, step: Step) -> str:
@@ -213,6 +230,13 @@ def commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def _phase(step: Step, work: Entry) -> Stage | AutoencoderStage | None:
+    """The training stage that a step's task is, if it is one."""
+    if work.module != TRAINING or step.recipe is None:
+        return None
+    return next(phase for phase in step.recipe.phases if phase.name == step.options["stage"])
 
 
 def _by_key(key: str) -> str:

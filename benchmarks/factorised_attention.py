@@ -18,6 +18,7 @@ from ml import architectures
 from ml.counts import block_flops
 from ml.models.inputs import Inputs, Text, denoise
 from ml.models.layers import modulate
+from ml.models.sequence import Shared
 from ml.models.stdit import STDiT, STDiTBlock
 from ml.models.stdit_layers import Moment, PackedText, vectors
 
@@ -48,7 +49,7 @@ class FullBlock(STDiTBlock):
         super().__init__(config, 0.0)
         del self.attn_temp
 
-    def forward(self, x: Tensor, moment: Moment, text: PackedText, temporal: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, moment: Moment, text: PackedText, shared: Shared, temporal: Tensor | None) -> Tensor:
         """[B,T,S,D] -> the same shape; positions of frames are added to the first block's input."""
         if temporal is not None:
             x = x + temporal[:, :, None]

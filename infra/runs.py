@@ -7,7 +7,10 @@ from enum import StrEnum
 
 
 class Tag(StrEnum):
-    """Tags of a run; the ledger and the launchers read them."""
+    """Tags of a run; the ledger and the launchers read them.
+
+    `parent` is the run that an attempt belongs to; `parent_of` is on that run, with the key of the step.
+    """
 
     RECIPE = "recipe"
     PROFILE = "profile"
@@ -27,6 +30,8 @@ class Tag(StrEnum):
     DAGSTER_RUN = "dagster.run_id"
     DAGSTER_ASSET = "dagster.asset_key"
     HEARTBEAT = "heartbeat"
+    PARENT = "parent"
+    PARENT_OF = "parent_of"
 
 
 class Bill(StrEnum):
@@ -35,6 +40,19 @@ class Bill(StrEnum):
     COST_USD = "cost_usd"
     GPU_HOURS = "gpu_hours"
     WALL_SECONDS = "wall_seconds"
+
+
+class Total(StrEnum):
+    """Metrics that close the parent of several attempts: never those of a bill, which would be paid twice."""
+
+    ATTEMPTS = "total_attempts"
+    COST_USD = "total_cost_usd"
+    WALL_SECONDS = "total_wall_seconds"
+    GOODPUT = "total_goodput"
+
+
+# Metric of a training: the share of its time that went into steps that were kept.
+GOODPUT = "goodput"
 
 
 class Status(StrEnum):

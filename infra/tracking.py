@@ -65,14 +65,17 @@ class Tracker:
         tags: Mapping[str, object] | None = None,
         params: Mapping[str, object] | None = None,
     ) -> str:
-        """Open a run, in status RUNNING, and return its id; the experiment is made when it is new."""
+        """Open a run, in status RUNNING, and return its id; the experiment is made when it is new.
+
+        A run with the tag `parent` is shown below that run.
+        """
         entries = texts("param", params or {})
+        given = {str(key): str(value)[:VALUE_CHARACTERS] for key, value in (tags or {}).items()}
+        above = {"mlflow.parentRunId": given[Tag.PARENT]} if Tag.PARENT in given else {}
 
         def create(client: Any) -> str:
             experiment_id = self._experiment_id(client, experiment)
-            created = client.create_run(
-                experiment_id, run_name=name, tags={str(k): str(v)[:VALUE_CHARACTERS] for k, v in (tags or {}).items()}
-            )
+            created = client.create_run(experiment_id, run_name=name, tags={**given, **above})
             run_id: str = created.info.run_id
             _send(client, run_id, entries)
             return run_id
@@ -94,6 +97,10 @@ class Tracker:
             client.set_terminated(run_id, str(Status(status)), end_time=now_ms())
 
         self._call(finish)
+
+    def reopen(self, run_id: str) -> None:
+        """Put a closed run back into status RUNNING; its old end stands until it is closed again."""
+        self._call(lambda client: client.update_run(run_id, status=str(Status.RUNNING)))
 
     def tag(self, run_id: str, tags: Mapping[str, object]) -> None:
         """Set tags of a run, open or closed."""

@@ -14,11 +14,21 @@ latents of given frames is left out. Each layer is stated once, so its size and 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ml.architectures import MMDiT, Model, SpatialTemporal, STDiT, STDiT2, STDiT3
 
-__all__ = ["Grid", "block_flops", "forward_flops", "parameters", "recomputed_fraction", "token_grid"]
+__all__ = [
+    "Grid",
+    "adapter_lanes",
+    "block_flops",
+    "block_parameters",
+    "forward_flops",
+    "parameters",
+    "recomputed_fraction",
+    "token_grid",
+]
 
 Grid = tuple[int, int, int]
 # Sinusoids of a time or a size, before they are embedded (om/layers/blocks.py, om/mmdit/model.py).
@@ -64,6 +74,24 @@ def token_grid(model: Model, grid: Grid) -> Grid:
     frames, height, width = grid
     deep, down, across = (1, model.patch, model.patch) if isinstance(model, MMDiT) else model.patch_size
     return math.ceil(frames / deep), math.ceil(height / down), math.ceil(width / across)
+
+
+def block_parameters(model: Model) -> tuple[int, ...]:
+    """Learned parameters of one block of each kind: double and single of the MMDiT, block (or pair) of the others."""
+    kinds = ("depth", "depth_single_blocks") if isinstance(model, MMDiT) else ("depth",)
+    more = [model.model_copy(update={kind: getattr(model, kind) + 1}) for kind in kinds]
+    return tuple(parameters(deeper) - parameters(model) for deeper in more)
+
+
+def adapter_lanes(model: Model, targets: Sequence[str]) -> int:
+    """Learned numbers of low-rank adapters a rank: inputs and outputs of the blocks' linear layers that targets end.
+
+    Layers around the blocks, which a target may end too (`linear`), are left out.
+    """
+    layers = [
+        (f".{name}", lanes) for count, block in _linears(model) for name, lanes in block.items() for _ in range(count)
+    ]
+    return sum(lanes for name, lanes in layers if any(name.endswith(f".{target}") for target in targets))
 
 
 def recomputed_fraction(model: Model, checkpoint_blocks: tuple[int, int]) -> float:
@@ -193,6 +221,25 @@ def _patches(model: SpatialTemporal, rows: int) -> Tally:
 def _embedder(width: int, rows: int = 1) -> Tally:
     """A number as a vector; one net for all `rows` numbers."""
     return _linear(FEATURES, width, rows) + _linear(width, width, rows)
+
+
+def _linears(model: Model) -> list[tuple[int, dict[str, int]]]:
+    """(how many blocks, inputs + outputs of each linear layer in one of them by its name)."""
+    width, hidden = model.hidden_size, int(model.hidden_size * model.mlp_ratio)
+    if isinstance(model, MMDiT):
+        parts = {"qkv": 4 * width} if model.fused_qkv else {f"{part}_proj": 2 * width for part in "qkv"}
+        stream = {f"attn.{part}": lanes for part, lanes in (*parts.items(), ("proj", 2 * width))}
+        stream |= {"mlp.0": width + hidden, "mlp.2": width + hidden, "mod.lin": 7 * width}
+        double = {f"{side}_{name}": lanes for side in ("img", "txt") for name, lanes in stream.items()}
+        single = {"q_proj": 2 * width, "k_proj": 2 * width, "v_mlp": 2 * width + hidden}
+        single = {"linear1": 4 * width + hidden} if model.fused_qkv else single
+        single |= {"linear2": 2 * width + hidden, "modulation.lin": 4 * width}
+        return [(model.depth, double), (model.depth_single_blocks, single)]
+    block = {"attn.qkv": 4 * width, "attn.proj": 2 * width, "mlp.fc1": width + hidden, "mlp.fc2": width + hidden}
+    block |= {"cross_attn.q_linear": 2 * width, "cross_attn.kv_linear": 3 * width, "cross_attn.proj": 2 * width}
+    if isinstance(model, STDiT3):
+        return [(model.depth * (1 if model.skip_temporal else 2), block)]
+    return [(model.depth, block | {"attn_temp.qkv": 4 * width, "attn_temp.proj": 2 * width})]
 
 
 # --- layers -------------------------------------------------------------------------------------------------------

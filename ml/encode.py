@@ -12,36 +12,27 @@ from pathlib import Path
 from typing import TypeVar
 
 import pandas as pd
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from infra.storage import atomic_write, sha256_of
 from infra.workspace import Workspace
 from ml.batching.buckets import Bucketing, Buckets, Cell
-from ml.batching.datasets import DAMAGED, HEAD, NULL, TAIL, TEXT_FILE, TEXT_PARTS, Clip, ClipDataset, to_video
-from ml.diffusion.augment import damage
-from ml.engines.plain import device_of
+from ml.batching.datasets import NULL, REMEDY, TEXT_FILE, TEXT_PARTS, Clip, ClipDataset, to_video
+from ml.batching.encoding import Encoder, captions_of, together
+from ml.batching.shards import Shards, is_whole, write_shard
+from ml.engines.make import device_of
 from ml.entry import Call, parse
 from ml.manifest import LATENTS, stable_id
-from ml.models.autoencoders.autoencoder import VideoAutoencoder
 from ml.models.text import TextEncoder, build_text_encoder
 from ml.models.weights import WEIGHTS
-from ml.processes import Augmentation, RectifiedFlow, ScoreText
 from ml.recipe import Recipe
-from ml.score_text import with_scores
 from ml.sections import Bucket
 from ml.training.networks import open_autoencoder
 
 Part = TypeVar("Part")
 SHARD_ITEMS = 64
 TEXT_BATCH = 16
-# Pixels (B T H W) that go through the encoder together: enough to keep cores busy, little enough for any GPU.
-BATCH_PIXELS = 1 << 20
-# 2.0's words without its motion score, which no clip here has.
-FRAME_RATE = ScoreText(style="v2_0")
 
 
 class EncodeError(ValueError):
@@ -78,11 +69,10 @@ def encode_latents(call: Call) -> None:
     items = plan_items(recipe, clips)
     autoencoder = open_autoencoder(recipe, call.input("autoencoder")).to(device)
     digest = sha256_of(call.input("autoencoder") / WEIGHTS)[:16]
-    ends = recipe.model.conditioning in ("channels", "embed")
-    augmentation = recipe.objective.augmentation if isinstance(recipe.objective, RectifiedFlow) else None
-    rows = encode_shards(call, items, clips, Encoder(autoencoder, ends, digest, augmentation, recipe.seed))
+    encoder = Encoder.of(recipe, autoencoder)
+    rows = encode_shards(call, items, clips, encoder, encoder.content(digest))
     text = build_text_encoder(recipe.text, Workspace(call.workspace).cache / "text", str(device))
-    encode_text(call.out / TEXT_FILE, text, captions_of(recipe, items, bucketing))
+    encode_text(call.out / TEXT_FILE, text, captions_of(recipe, clips_of(items), bucketing))
     encoders: dict[str, dict[str, object]] = {
         "autoencoder": {"kind": recipe.autoencoder.kind, "digest": digest, "latent": autoencoder.latent.model_dump()},
         "text": {"kind": recipe.text.kind, "digest": text.digest},
@@ -120,59 +110,30 @@ def _wanted(recipe: Recipe) -> list[tuple[str, str | None, Buckets]]:
     return [("pretrained", None, {recipe.sampling.resolution: {recipe.sampling.frames: Bucket(keep=1.0, batch=1)}})]
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """What encodes: the autoencoder and the digest of its weights, and what is encoded beside the clips themselves.
-
-    `ends`: first and last frames alone. `augmentation`: a damaged copy, drawn from `seed` and the clip (1.3).
-    """
-
-    autoencoder: VideoAutoencoder
-    ends: bool
-    digest: str
-    augmentation: Augmentation | None
-    seed: int
-
-    @property
-    def content(self) -> str:
-        """What decides the latents of a clip, beside the clip."""
-        return stable_id(self.digest, self.ends, self.augmentation, self.seed if self.augmentation else "")
-
-    def parts(self, items: Sequence[Item], video: Tensor) -> dict[str, Tensor]:
-        """Videos [B,3,T,H,W] to encode for a batch of one shape, by the suffix of their keys."""
-        found = {"": video}
-        if self.ends and video.shape[2] > 1:
-            found |= {f"/{HEAD}": video[:, :, :1], f"/{TAIL}": video[:, :, -1:]}
-        if self.augmentation is not None:
-            generators = [torch.Generator().manual_seed(int(stable_id(self.seed, i.key)[:8], 16)) for i in items]
-            copies = zip(video.chunk(len(video)), generators, strict=True)
-            found[f"/{DAMAGED}"] = torch.cat([damage(clip, self.augmentation, draws) for clip, draws in copies])
-        return found
-
-
-def encode_shards(call: Call, items: Sequence[Item], clips: ClipDataset, encoder: Encoder) -> pd.DataFrame:
+def encode_shards(
+    call: Call, items: Sequence[Item], clips: ClipDataset, encoder: Encoder, content: str
+) -> pd.DataFrame:
     """Encode item by item into shards of `SHARD_ITEMS`; returns the rows of the latents table."""
-    rows = []
+    rows, shards = [], Shards(call.out, REMEDY)
     with tqdm(total=len(items), desc="latents", unit="clip", mininterval=1.0) as bar:
         for number, shard in enumerate(parts(items, SHARD_ITEMS)):
             name = f"latents-{number:05d}.safetensors"
-            wanted = stable_id(encoder.content, *(item.key for item in shard))
-            if not is_finished(call.out / name, wanted):
-                write_tensors(call.out / name, dict(encode_items(shard, clips, encoder)), wanted)
-            rows += [row_of(item, name, clips.bucketing.rate(item.clip.footage)) for item in shard]
+            wanted = stable_id(content, *(item.key for item in shard))
+            if not is_whole(call.out / name, wanted):
+                write_shard(call.out / name, dict(encode_items(shard, clips, encoder)), wanted)
+            # The checksums of the file as it was written, not as it may be by now.
+            sums = shards.sums(name)
+            rows += [row_of(item, name, clips.bucketing.rate(item.clip.footage), sums[item.key]) for item in shard]
             bar.update(len(shard))
             call.log.heartbeat()
     return pd.DataFrame(rows)
 
 
-def encode_items(items: Iterable[Item], clips: ClipDataset, encoder: Encoder) -> Iterator[tuple[str, Tensor]]:
-    """Latents [C,t,h,w] by key; where a network is told of given pictures, also a video's first and last frames.
-
-    Those are encoded alone, as a person gives them at sampling time: [C,1,h,w] under `key/head` and `key/tail`. A
-    damaged copy goes under `key/damaged`.
-    """
-    autoencoder = encoder.autoencoder
-    device = next(autoencoder.parameters()).device
+def encode_items(
+    items: Iterable[Item], clips: ClipDataset, encoder: Encoder
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """By key, latents [C,t,h,w] under the key, and what stands beside them under the key with a suffix."""
+    device = next(encoder.autoencoder.parameters()).device
     for group in same_shape(items):
         cell = group[0].cell
         ids = [item.clip.footage.clip_id for item in group]
@@ -180,30 +141,21 @@ def encode_items(items: Iterable[Item], clips: ClipDataset, encoder: Encoder) ->
             video = to_video([clips.still(clip_id, cell.size) for clip_id in ids]).to(device)
         else:
             video = to_video([clips.read(clip_id, cell.size, cell.frames) for clip_id in ids]).to(device)
-        for suffix, part in encoder.parts(group, video).items():
-            with torch.inference_mode():
-                latents = autoencoder.encode(part).float().cpu()
-            for index, item in enumerate(group):
-                yield f"{item.key}{suffix}", latents[index].contiguous().clone()
+        found = {suffix: made.cpu() for suffix, made in encoder.encode([item.key for item in group], video).items()}
+        for index, item in enumerate(group):
+            yield item.key, {f"{item.key}{suffix}": made[index].contiguous().clone() for suffix, made in found.items()}
 
 
-def captions_of(recipe: Recipe, items: Iterable[Item], bucketing: Bucketing) -> dict[str, str]:
-    """What is embedded of every clip, by its id: its caption, in 2.0 with its frame rate, as prompts are written.
-
-    Rates are whole numbers (24 for 23.976): a prompt asks for no other. A clip's images share its words.
-    """
-    clips = {item.clip.footage.clip_id: item.clip for item in items}
-    if recipe.sampling.score.style != "v2_0":
-        return {clip_id: clip.caption for clip_id, clip in clips.items()}
-    rates = {clip_id: round(bucketing.rate(clip.footage)) for clip_id, clip in clips.items()}
-    return {clip_id: with_scores(clip.caption, FRAME_RATE, rates[clip_id]) for clip_id, clip in clips.items()}
+def clips_of(items: Iterable[Item]) -> dict[str, Clip]:
+    """The clips of items, by id."""
+    return {item.clip.footage.clip_id: item.clip for item in items}
 
 
 def same_shape(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Neighbours of one bucket, at most `BATCH_PIXELS` pixels together."""
+    """Neighbours of one bucket, no more than are encoded together."""
     group: list[Item] = []
     for item in items:
-        most = max(1, BATCH_PIXELS // (item.cell.frames * item.cell.size.area))
+        most = together(item.cell.frames, item.cell.size.area)
         if group and (item.cell != group[0].cell or len(group) >= most):
             yield group
             group = []
@@ -216,24 +168,16 @@ def encode_text(path: Path, encoder: TextEncoder, captions: dict[str, str]) -> N
     """Context, pooled vector and mask of every caption, by clip id, and of the empty prompt."""
     prompts = {NULL: "", **dict(sorted(captions.items()))}
     wanted = stable_id(encoder.digest, *prompts.items())
-    if is_finished(path, wanted):
+    if is_whole(path, wanted):
         return
-    tensors: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Tensor]] = {}
     with tqdm(total=len(prompts), desc="text", unit="caption", mininterval=1.0) as bar:
         for part in parts(list(prompts), TEXT_BATCH):
             text = encoder.encode([prompts[name] for name in part])
             for index, name in enumerate(part):
-                tensors |= {f"{name}/{kind}": getattr(text, kind)[index].clone() for kind in TEXT_PARTS}
+                entries[name] = {f"{name}/{kind}": getattr(text, kind)[index].clone() for kind in TEXT_PARTS}
             bar.update(len(part))
-    write_tensors(path, tensors, wanted)
-
-
-def is_finished(path: Path, wanted: str) -> bool:
-    """Whether a file was written whole, from the same content."""
-    if not path.is_file():
-        return False
-    with safe_open(path, "pt") as tensors:
-        return bool(tensors.metadata() == {"content": wanted})
+    write_shard(path, entries, wanted)
 
 
 def parts(items: Sequence[Part], size: int) -> list[Sequence[Part]]:
@@ -241,14 +185,7 @@ def parts(items: Sequence[Part], size: int) -> list[Sequence[Part]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], content: str) -> None:
-    """Write a safetensors file and rename it into place; `content` says what it was made of."""
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"content": content})
-    partial.replace(path)
-
-
-def row_of(item: Item, shard: str, fps: float) -> dict[str, object]:
+def row_of(item: Item, shard: str, fps: float, crc32: int) -> dict[str, object]:
     """The row of an item in the latents table."""
     return {
         "key": item.key,
@@ -261,6 +198,7 @@ def row_of(item: Item, shard: str, fps: float) -> dict[str, object]:
         "frames": item.cell.frames,
         "fps": fps,
         "shard": shard,
+        "crc32": crc32,
         "stages": " ".join(item.stages),
     }
 

@@ -6,6 +6,8 @@ A task reads step folders, writes one step folder, and writes `result.json` last
 import argparse
 import hashlib
 import json
+import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from infra.workspace import Workspace
 from ml.recipe import Recipe
 
 RESULT = "result.json"
+# Loggers that report, on import, of kernels which nobody asked them for.
+NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 class CallError(ValueError):
@@ -25,7 +29,10 @@ class CallError(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an entry: what to do (`op`), from which step folders, into which one."""
+    """One call of an entry: what to do (`op`), from which step folders, into which one, as which MLflow run.
+
+    Of several ranks only the first logs; all of them know the run.
+    """
 
     op: str
     given_recipe: Recipe | None
@@ -35,6 +42,7 @@ class Call:
     options: Mapping[str, str]
     log: RunLog
     started: float = field(default_factory=time.monotonic)
+    run_id: str = ""
 
     @property
     def recipe(self) -> Recipe:
@@ -97,6 +105,8 @@ def parse(argv: Sequence[str] | None, ops: Sequence[str], description: str) -> C
     parser.add_argument("--run-id", help="MLflow run that this attempt logs to")
     parser.add_argument("--tracking-uri", help="MLflow tracking URI")
     args = parser.parse_args(argv)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     args.out.mkdir(parents=True, exist_ok=True)
     inputs: dict[str, tuple[Path, ...]] = {}
     for name, value in (_pair(text) for text in args.input):
@@ -108,8 +118,14 @@ def parse(argv: Sequence[str] | None, ops: Sequence[str], description: str) -> C
         out=args.out,
         inputs=inputs,
         options=dict(_pair(text) for text in args.option),
-        log=RunLog(args.tracking_uri, args.run_id),
+        log=RunLog(args.tracking_uri, args.run_id) if main_rank() else RunLog(),
+        run_id=args.run_id or "",
     )
+
+
+def main_rank() -> bool:
+    """Whether this process is the only one of its task, or the first of several that torchrun started."""
+    return os.environ["RANK"] == "0" if "RANK" in os.environ else True
 
 
 def lpips_weights(call: Call) -> Path:

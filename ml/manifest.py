@@ -223,5 +223,6 @@ width            int    pixels before encoding
 frames           int    frames before encoding
 fps              float  frames per second of the frames taken
 shard            str    safetensors file beside this table
+crc32            int    checksum of the bytes of the key's tensors: latent, head, tail, damaged copy
 """,
 )

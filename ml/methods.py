@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ml.architectures import Model, STDiT3
 from ml.section import Fraction, Positive, PositiveFloat, Section
 
 
@@ -106,3 +107,19 @@ class Lora(Section):
     alpha: PositiveFloat
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     dropout: Fraction = 0.0
+
+
+def engine_problems(engine: Engine, model: Model, lora: Lora | None) -> list[str]:
+    """Why a network cannot be cut as an engine asks, one line each."""
+    heads, found = model.num_heads, []
+    windowed = isinstance(model, STDiT3) and model.kernel_size is not None
+    by_heads = {"tensor_parallel": engine.tensor_parallel}
+    if engine.sequence_mode == "ulysses" or windowed:
+        by_heads["sequence_parallel"] = engine.sequence_parallel * engine.tensor_parallel
+    for name, ranks in by_heads.items():
+        if heads % ranks:
+            ring = "; sequence_mode: ring needs no heads" if name == "sequence_parallel" and not windowed else ""
+            found.append(f"engine.{name}: {heads} heads are not divisible by {ranks}{ring}")
+    if lora is not None and engine.tensor_parallel > 1:
+        found.append("engine.tensor_parallel: adapters are not cut over ranks: set it to 1, or train without lora")
+    return found

@@ -17,6 +17,7 @@ from pydantic_core import to_jsonable_python
 
 from ml import sections as s
 from ml.architectures import MMDiT, Model, OpenSoraV12Net, OpenSoraV13Net
+from ml.methods import engine_problems
 from ml.processes import KINDS, SAMPLED_KINDS, Objective, Sampling, check_solver, network_problems, sampling_problems
 from ml.section import Name, PositiveFloat, Section
 from ml.shapes import MICRO_FRAMES, Size, Strides, size_of, sizes_of
@@ -245,6 +246,9 @@ class Recipe(Section):
     def _process_problems(self) -> list[str]:
         """Network, objective and sampling are of one generation, and every setting has an effect."""
         problems = [*network_problems(self.objective, self.model), *self._loop_problems()]
+        for stage in self.stages:
+            found = engine_problems(stage.engine, self.model, stage.lora)
+            problems += [f"stages.{stage.name}.{problem}" for problem in found]
         problems += sampling_problems(self.objective, self.model, self.sampling)
         if isinstance(self.model, MMDiT) and self.model.guidance_embed and self.stages:
             problems.append(

@@ -23,7 +23,7 @@ from ml.batching.buckets import Bucketing
 from ml.batching.datasets import ClipDataset, LatentDataset, to_frames, to_video
 from ml.batching.video import Frames, read_clip, write_clip
 from ml.diffusion.process import build_process
-from ml.engines.plain import device_of
+from ml.engines.make import device_of
 from ml.entry import Call, CallError, lpips_weights, parse
 from ml.metrics import psnr, ssim
 from ml.models.lpips import load_lpips

@@ -3,9 +3,9 @@
 Everything is frozen and refuses unknown keys. A section says what is wanted; `ml/recipe.py` checks that sections agree.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ml.architectures import AutoencoderNet, Latent, Source
 from ml.methods import Engine, Guard, Loading, Lora, Survival, Validation
@@ -140,14 +140,33 @@ class Text(Section):
 
 
 class Adam(Section):
-    """AdamW, with a linear warm-up of `warmup_steps`; then constant, or a cosine down to zero at the last step."""
+    """AdamW, with a linear warm-up of `warmup_steps`, and what its rate does after that.
+
+    `constant` stays; `cosine`, `linear` and `polynomial` (with `power`) fall to the floor at the last step;
+    `inverse_sqrt` falls as 1 / sqrt(step); `wsd` stays, then falls over the last `decay_share` of all steps. The floor
+    is `min_factor` times `lr`. (The originals: constant after a warm-up, and cosine in 1.3; ou/optimizer.py, main.)
+    """
 
     lr: PositiveFloat
     eps: PositiveFloat
     betas: tuple[Fraction, Fraction]
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd", "polynomial"] = "constant"
+    min_factor: Fraction = 0.0
+    decay_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    power: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _asked(self) -> Self:
+        """Each law takes its own numbers and no others."""
+        if self.schedule == "constant" and self.min_factor:
+            raise ValueError("schedule constant never falls: leave min_factor out, or choose a law that does")
+        for name, law in (("decay_share", "wsd"), ("power", "polynomial")):
+            if (getattr(self, name) is not None) != (self.schedule == law):
+                state = "needs" if self.schedule == law else "takes no"
+                raise ValueError(f"schedule {self.schedule} {state} {name}, which is of {law}")
+        return self
 
 
 class AutoencoderStage(Section):
@@ -179,6 +198,16 @@ class AutoencoderStage(Section):
     loading: Loading = Loading()
     survival: Survival = Survival()
     compute: Compute
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        """The adversary weighs itself by gradients of the last layer, which a sharded network does not keep."""
+        if self.engine.sharding != "none" or self.engine.model_ranks > self.engine.tensor_parallel:
+            raise ValueError(
+                f"{self.name}: an autoencoder is trained whole or cut by tensor_parallel: set engine.sharding to none, "
+                "sequence_parallel and pipeline_parallel to 1"
+            )
+        return self
 
 
 # (law of time, pixels along one side of a latent cell) of every kind of autoencoder.

@@ -21,6 +21,7 @@ from ml.recipe import Recipe, RecipeError, available, find, header, user_folders
 from orchestration import show
 from orchestration.problems import problems
 from orchestration.session import Session
+from orchestration.train_cli import TrainOptions, train
 from orchestration.weights_cli import app as weights
 from orchestration.weights_cli import taking
 
@@ -30,6 +31,7 @@ dataset = typer.Typer(help="Frozen dataset versions: list them, bring one back."
 app.add_typer(corpus, name="corpus")
 app.add_typer(dataset, name="dataset")
 app.add_typer(weights, name="weights")
+app.command("train")(taking(TrainOptions)(train))
 
 Name = Annotated[str, typer.Argument(help="Recipe name, as `opensora recipes` lists it.", metavar="RECIPE")]
 Profile = Annotated[str, typer.Option(help="Profile of the recipe: `tiny` fits a laptop, `paper` is as published.")]
@@ -243,16 +245,10 @@ def dataset_checkout(
 
 def _unmet(recipe: Recipe) -> list[str]:
     """What a recipe asks for that this installation does not have."""
-    found = [
-        f"{stage.name}: engine {stage.engine.kind} drives one device, {stage.compute.devices} are asked for: it can be "
-        "planned, not launched"
-        for stage in recipe.stages
-        if not stage.compute.accelerators.startswith("CPU") and stage.compute.devices > 1
-    ]
     uris = {"autoencoder": recipe.autoencoder.weights_uri}
     uris["pretrained"] = recipe.pretrained.uri if recipe.pretrained else None
     missing = {part: uri for part, uri in uris.items() if uri and not (Settings().workspace / uri).exists()}
-    return found + [f"{part}: {uri} is not in the workspace" for part, uri in missing.items()]
+    return [f"{part}: {uri} is not in the workspace" for part, uri in missing.items()]
 
 
 def _sample(settings: Settings) -> None:

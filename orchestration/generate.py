@@ -16,10 +16,9 @@ import yaml
 
 from assets.autoencoder import autoencoder_key
 from assets.checkpoints import last_checkpoint_key
-from assets.steps import Made, StepError
-from infra.tracking import RunLog
+from assets.steps import Entry, Made, Step, StepError
+from infra.ledger import Purpose
 from infra.workspace import Workspace
-from ml.entry import Call
 from ml.recipe import Recipe, RecipeError
 from orchestration.session import Session
 
@@ -43,11 +42,10 @@ def generate(session: Session, ask: Ask) -> Path:
     """Make the clips in a new folder of the workspace and return it.
 
     Nothing is made before everything is there. Raises StepError while the recipe has no checkpoint and none was given,
-    CheckpointMismatch for a folder without weights or with another network's, RecipeError for a change that the recipe
-    refuses or a reference that does not exist, MaskStrategyError for a prompt whose tail cannot be read.
+    CheckpointMismatch for a folder without weights, RecipeError for a change that the recipe refuses or a reference
+    that does not exist, MaskStrategyError for a prompt whose tail cannot be read, and TaskFailed when sampling does,
+    with its last words. Sampling is a task like any other: it has a run, and its cost is on the recipe's bill.
     """
-    from ml.sample import make_samples  # brings torch
-
     recipe = changed(session.recipe, ask)
     inputs = {
         "checkpoint": (_folder(session, ask.weights, last_checkpoint_key(recipe)),),
@@ -58,8 +56,7 @@ def generate(session: Session, ask: Ask) -> Path:
     for path, name in zip(references, request["references"], strict=True):
         shutil.copyfile(path, out / name)
     (out / "prompts.json").write_text(json.dumps([request]), encoding="utf-8")
-    inputs["prompts"] = (out,)
-    make_samples(Call("samples", recipe, session.walk.workspace.root, out, inputs, {}, RunLog(None, None)))
+    session.runner.once(_step(recipe), out, {**inputs, "prompts": (out,)})
     return out
 
 
@@ -76,6 +73,18 @@ def changed(recipe: Recipe, ask: Ask) -> Recipe:
             raise RecipeError(f"--set {change}: {value!r} is not YAML: {' '.join(str(error).split())}") from error
     document["evaluation"]["seeds"] = list(ask.seeds)
     return Recipe.validate_document(document, "--set")
+
+
+def _step(recipe: Recipe) -> Step:
+    """What is billed: a sampling that belongs to no walk."""
+    return Step(
+        key=(recipe.name, "generated"),
+        group="judgement",
+        description="Clips on request.",
+        work=Entry("ml.sample", "samples", recipe.compute.sample),
+        purpose=Purpose.EVAL,
+        recipe=recipe,
+    )
 
 
 def _request(ask: Ask) -> tuple[dict[str, Any], list[Path]]:

@@ -37,7 +37,7 @@ LIGHT_FILES = {
     f"ml/{name}.py"
     for name in (
         *("recipe", "section", "sections", "architectures", "processes", "reconstruction", "aspects", "shapes"),
-        *("methods", "manifest", "counts", "plan", "score_text", "entry"),
+        *("methods", "manifest", "counts", "plan", "score_text", "entry", "activations", "memory"),
     )
 }
 
@@ -72,6 +72,8 @@ TESTS_OF_THE_WHOLE = {
     "test_walk.py",
     "orchestration/test_webserver.py",
     "ml/test_generations.py",
+    "ml/engines/test_parity.py",
+    "ml/training/test_faults.py",
 }
 
 CONFIGURATIONS = {"cfg", "conf", "config", "configuration", "settings", "recipe", "section", "options", "opts"}

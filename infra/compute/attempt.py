@@ -15,8 +15,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from infra.compute.resume import Parent, parent_run, pauses, settle_parents, worth_another
 from infra.compute.supervise import LOG
-from infra.compute.task import ComputeError, Handle, Launcher, Task, TaskFailed, TaskState
+from infra.compute.task import (
+    HUNG,
+    OUT_OF_MEMORY,
+    RANK_LOST,
+    ComputeError,
+    Handle,
+    Launcher,
+    Task,
+    TaskFailed,
+    TaskState,
+)
 from infra.ledger import Purpose, bill
 from infra.prices import price
 from infra.runs import Bill, RunRecord, Status, Tag
@@ -24,6 +35,8 @@ from infra.tracking import Tracker
 from infra.workspace import RESULT
 
 FIRST_PAUSE_SECONDS, PAUSE_GROWTH = 0.05, 1.5
+FIRST_RETRY_SECONDS = 5.0
+CODES = {HUNG: "hung", OUT_OF_MEMORY: "ran out of memory", RANK_LOST: "lost a rank"}
 _ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Failed|Warning)\b")
 
 
@@ -45,20 +58,40 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Attempts:
-    """Runs tasks on one launcher, one MLflow run an attempt; `say` gets the log line by line while a task runs."""
+    """Runs tasks on one launcher, one MLflow run an attempt; `say` gets the log line by line while a task runs.
+
+    A task with `retries` is started again after an ending that may not come again, first after `pause_seconds`.
+    """
 
     launcher: Launcher
     tracker: Tracker
     say: Callable[[str], None] = lambda line: None
+    pause_seconds: float = FIRST_RETRY_SECONDS
 
     def run(self, task: Task) -> Outcome:
         """Bring a task to its result, starting it only if nobody has.
 
         Raises TrackingError before anything is started when the tracking store does not answer, TaskFailed when the
-        task ends without a result, ComputeError when it cannot be launched. An interrupt (Ctrl-C, a terminated Dagster
-        step) stops the task; any other error leaves it running, for the next call to wait for.
+        task ends without a result and without retries left, ComputeError when it cannot be launched. An interrupt
+        (Ctrl-C, a terminated Dagster step) stops the task; any other error leaves it running, for the next call to wait
+        for.
         """
         self.tracker.check()
+        if not task.retries:
+            return self._attempt(task)
+        with parent_run(self.tracker, task) as parent:
+            for number, pause in enumerate(pauses(self.pause_seconds, task.retries), 1):
+                try:
+                    return self._attempt(task, parent)
+                except TaskFailed as failure:
+                    if not worth_another(failure):
+                        raise
+                    self.say(f"{failure.first_line}; starting it again in {pause:g} s ({number} of {task.retries})")
+                    time.sleep(pause)
+            return self._attempt(task, parent)
+
+    def _attempt(self, task: Task, parent: Parent | None = None) -> Outcome:
+        """Take over what an earlier orchestrator started, use what is there, or start the task once."""
         earlier = self._earlier(task)
         for record in (r for r in earlier if r.status == Status.RUNNING):
             if outcome := self._take_over(task, record):
@@ -67,7 +100,8 @@ class Attempts:
             done = next((r.run_id for r in earlier if r.status == Status.FINISHED), "")
             return Outcome(done, TaskState("succeeded"), _result(task.out), cost_usd=0.0, reused=True)
         log = _Log(task.out / LOG)
-        record, handle = self._launch(task, number=len(earlier) + 1)
+        above: dict[str, str] = {Tag.PARENT: parent.open()} if parent else {}
+        record, handle = self._launch(task, {**_tags(task, len(earlier) + 1), **above})
         return self._see_through(task, record, handle, log)
 
     def settle(self) -> list[str]:
@@ -88,6 +122,7 @@ class Attempts:
                 self._close(record, state, finished=(Path(record.tags[Tag.OUT]) / RESULT).is_file())
                 self.launcher.cancel(handle)
                 closed.append(record.run_id)
+        settle_parents(self.tracker)
         return closed
 
     def _earlier(self, task: Task) -> list[RunRecord]:
@@ -118,9 +153,9 @@ class Attempts:
             return None
         return Outcome(record.run_id, state, _result(task.out), cost, attached=True)
 
-    def _launch(self, task: Task, number: int) -> tuple[RunRecord, Handle]:
+    def _launch(self, task: Task, tags: Mapping[str, str]) -> tuple[RunRecord, Handle]:
         """Open a run, start the task, and write its handle on the run; whatever goes wrong, nothing keeps running."""
-        run_id = self.tracker.open(task.experiment, task.name, _tags(task, number))
+        run_id = self.tracker.open(task.experiment, task.name, tags)
         record = self.tracker.get(run_id)
         handle = None
         try:
@@ -152,7 +187,7 @@ class Attempts:
         cost = self._close(record, state, task.finished)
         self.launcher.cancel(handle)
         if not task.finished:
-            raise TaskFailed(_explain(task, state, self.tracker.url(record.run_id)))
+            raise TaskFailed(_explain(task, state, self.tracker.url(record.run_id)), state)
         return Outcome(record.run_id, state, _result(task.out), cost, attached=attached)
 
     def _wait(self, handle: Handle, log: "_Log") -> TaskState:
@@ -246,6 +281,8 @@ def _explain(task: Task, state: TaskState, url: str) -> str:
     errors = [line for line in lines if _ERROR_LINE.match(line)]
     if state.status == "succeeded":
         said = f"it ended without error but wrote no {RESULT}"
+    elif state.reason:
+        said = state.reason
     else:
         said = (errors or lines or ["it said nothing"])[-1].strip()
     block = "\n".join(f"  | {line}" for line in lines[-20:])
@@ -259,4 +296,6 @@ def _ending(state: TaskState) -> str:
         name = signal.Signals(-code).name
         return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     words = {"lost": "was lost with its machine or supervisor", "preempted": "was preempted"}
+    if code in CODES:
+        return CODES[code]
     return words.get(state.status, "failed" if code is None else f"failed (exit code {code})")

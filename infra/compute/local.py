@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 
 import psutil
 
-from infra.compute.supervise import ATTEMPT, BUSY, GRACE_SECONDS, HEARTBEAT, LOG
+from infra.compute.ending import explained
+from infra.compute.supervise import ATTEMPT, BUSY, HEARTBEAT, LOG, ranks
 from infra.compute.task import ComputeError, Handle, Status, Task, TaskState, last_lines
 from infra.settings import TELEMETRY_OFF
 
@@ -38,10 +39,13 @@ SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 @dataclass(frozen=True)
 class LocalLauncher:
-    """Runs tasks as subprocesses of nobody, in `root`, with this interpreter."""
+    """Runs tasks as subprocesses of nobody, in `root`, with this interpreter.
+
+    `grace_seconds` between SIGTERM and SIGKILL stands for every task; None is what each task asks for.
+    """
 
     root: Path = ROOT
-    grace_seconds: float = GRACE_SECONDS
+    grace_seconds: float | None = None
     name: ClassVar[str] = "local"
     pause_seconds: ClassVar[float] = 1.0
 
@@ -50,18 +54,19 @@ class LocalLauncher:
         out = task.out.absolute()
         log = out / LOG
         offset = log.stat().st_size if log.is_file() else 0
-        options = ["--grace", str(self.grace_seconds)]
+        grace = self._grace(task)
+        options = ["--grace", str(grace)]
         supervise = [sys.executable, "-m", "infra.compute.supervise", *options, str(out), run_id, "--"]
         command = [*supervise, *task.command(sys.executable, run_id, tracking_uri)]
         started = time.time()
-        environment = {**os.environ, **TELEMETRY_OFF, **SHARED_CORES}
-        pid = _spawn(command, self.root, environment)
-        data = {"pid": pid, "create_time": _create_time(pid), "started": started, **_machine()}
+        pid = _spawn(command, self.root, _environment(task))
+        data = {"pid": pid, "create_time": _create_time(pid), "started": started, "grace": grace, **_machine()}
         return Handle(self.name, {**data, "out": str(out), "run_id": run_id, "log_offset": offset})
 
     def find(self, task: Task, run_id: str, started: float) -> Handle | None:
         """The handle of a run from what its supervisor wrote into the step's folder."""
-        data = {"out": str(task.out.absolute()), "run_id": run_id, "started": started, "log_offset": 0, **_machine()}
+        where: dict[str, Any] = {"out": str(task.out.absolute()), "run_id": run_id, "log_offset": 0, **_machine()}
+        data = {**where, "started": started, "grace": self._grace(task)}
         record = _record(data)
         if record is None:
             return None
@@ -81,7 +86,7 @@ class LocalLauncher:
         alive = _alive(data)  # before the record is read: a supervisor writes the record, then ends
         record = _record(data)
         if record is not None and record["exit_code"] is not None:
-            return _ended(record, self.log_tail(handle))
+            return self._ended(record, handle)
         if alive:
             return TaskState("running", started=data["started"])
         _kill_session(data)
@@ -93,7 +98,7 @@ class LocalLauncher:
             raise ComputeError(f"run {data['run_id']} works on host {data['host']}, in a folder that is not seen here")
         record = _record(data)
         if record is not None and record["exit_code"] is not None:
-            return _ended(record, self.log_tail(handle))
+            return self._ended(record, handle)
         beats = data["host"] != socket.gethostname() and time.time() - _last_sign(data) < SILENT_SECONDS
         if beats:
             return TaskState("running", started=data["started"])
@@ -110,7 +115,7 @@ class LocalLauncher:
         if _alive(data):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(data["pid"], signal.SIGTERM)
-        deadline = time.monotonic() + self.grace_seconds + KILL_SECONDS
+        deadline = time.monotonic() + data["grace"] + KILL_SECONDS
         while _alive(data) and time.monotonic() < deadline:
             time.sleep(0.05)
         record = _record(data)
@@ -126,6 +131,17 @@ class LocalLauncher:
         with log.open("rb") as stream:
             stream.seek(max(int(data["log_offset"]), log.stat().st_size - TAIL_BYTES))
             return last_lines(stream.read().decode(errors="replace"))
+
+    def _grace(self, task: Task) -> float:
+        return task.grace_seconds if self.grace_seconds is None else self.grace_seconds
+
+    def _ended(self, record: dict[str, Any], handle: Handle) -> TaskState:
+        """State of a task that has ended, with what it left about it in its folder and its log."""
+        code = int(record["exit_code"])
+        status: Status = "failed" if code else "succeeded"
+        tail = self.log_tail(handle)
+        state = TaskState(status, exit_code=code, started=record["started"], ended=record["ended"], tail=tail)
+        return explained(state, Path(handle.data["out"]), handle.data["run_id"])
 
 
 def _spawn(command: list[str], root: Path, environment: dict[str, str]) -> int:
@@ -146,6 +162,12 @@ def _spawn(command: list[str], root: Path, environment: dict[str, str]) -> int:
     if done.returncode:
         raise ComputeError(f"the supervisor did not start (exit code {done.returncode}):\n{last_lines(done.stderr)}")
     return int(done.stdout)
+
+
+def _environment(task: Task) -> dict[str, str]:
+    """What the task inherits; its ranks share the cores, where the user has not said otherwise."""
+    cores = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // task.processes))} if task.processes > 1 else {}
+    return {**cores, **os.environ, **TELEMETRY_OFF, **SHARED_CORES}
 
 
 def _checked(handle: Handle) -> dict[str, Any]:
@@ -194,12 +216,6 @@ def _record(data: dict[str, Any]) -> dict[str, Any] | None:
     return record if record["run_id"] == data["run_id"] else None
 
 
-def _ended(record: dict[str, Any], tail: str) -> TaskState:
-    code = int(record["exit_code"])
-    status: Status = "failed" if code else "succeeded"
-    return TaskState(status, exit_code=code, started=record["started"], ended=record["ended"], tail=tail)
-
-
 def _last_sign(data: dict[str, Any]) -> float:
     """Last beat of the task's heart, not before its start: the end that a lost task is billed to."""
     path = Path(data["out"]) / HEARTBEAT
@@ -208,10 +224,15 @@ def _last_sign(data: dict[str, Any]) -> float:
 
 
 def _kill_session(data: dict[str, Any]) -> None:
-    """Kill what is left of a session whose leader, the supervisor, is gone or will not go, and wait for it."""
+    """Kill what is left of a session whose leader, the supervisor, is gone or will not go, and wait for it.
+
+    The ranks that torchrun started have sessions of their own.
+    """
+    own = ranks(Path(data["out"]), data["run_id"])
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-            if os.getsid(process.pid) == data["pid"] and process.create_time() >= data["started"] - 1:
+            ours = process.pid in own or os.getsid(process.pid) == data["pid"]
+            if ours and process.create_time() >= data["started"] - 1:
                 process.kill()
                 _wait_for_end(process)
 

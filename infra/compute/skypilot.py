@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import tenacity
 import yaml
 
+from infra.compute.ending import explained
 from infra.compute.local import ROOT
 from infra.compute.supervise import LOG
 from infra.compute.task import ComputeError, Handle, Resources, Status, Task, TaskState, last_lines
@@ -37,7 +38,7 @@ python3 -m venv .venv-train
 """
 TORCHRUN = (
     '{python} -m torch.distributed.run --nnodes "$SKYPILOT_NUM_NODES" --node-rank "$SKYPILOT_NODE_RANK" '
-    '--nproc-per-node {processes} --master-addr "$(head -n 1 <<< "$SKYPILOT_NODE_IPS")" --master-port 29500 {rest}'
+    '--master-addr "$(head -n 1 <<< "$SKYPILOT_NODE_IPS")" --master-port 29500 {options} {program}'
 )
 # What the cluster needs to log to a tracking server that asks who is there; read from the environment, never written.
 SECRETS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -116,7 +117,8 @@ class SkyPilotLauncher:
         cluster = cluster_name(run_id)
         wanted = self._sky_task(sky, self.config(task, run_id, tracking_uri))
         managed = task.resources.use_spot
-        data = {"cluster": cluster, "managed": managed, "started": time.time(), "out": str(task.out.absolute())}
+        data = {"cluster": cluster, "run_id": run_id, "managed": managed, "started": time.time()}
+        data["out"] = str(task.out.absolute())
         if _guarded(lambda: bool(_managed_rows(sky, cluster) if managed else sky.get(sky.status([cluster])))):
             return Handle(self.name, {**data, "request": ""})
         request = _guarded(
@@ -127,15 +129,17 @@ class SkyPilotLauncher:
     def find(self, task: Task, run_id: str, started: float) -> Handle | None:
         """The handle of a run: everything in it follows from the run id."""
         managed, out = task.resources.use_spot, str(task.out.absolute())
-        data = {"cluster": cluster_name(run_id), "managed": managed, "request": "", "started": started, "out": out}
-        return Handle(self.name, data)
+        data = {"cluster": cluster_name(run_id), "run_id": run_id, "managed": managed, "request": "", "out": out}
+        return Handle(self.name, {**data, "started": started})
 
     def poll(self, handle: Handle) -> TaskState:
         """Where the task stands; waits up to ten minutes for an API server that does not answer."""
         data = _checked(handle)
         state = _patiently(lambda: _managed_state(_sky(), data) if data["managed"] else _cluster_state(_sky(), data))
-        ended = state.status in ("failed", "succeeded")
-        return replace(state, tail=self.log_tail(handle) or state.tail) if ended else state
+        if state.status not in ("failed", "succeeded"):
+            return state
+        state = replace(state, tail=self.log_tail(handle) or state.tail)
+        return explained(state, Path(data["out"]), data["run_id"])
 
     def cancel(self, handle: Handle) -> None:
         """Stop the job and take its cluster down; one that is gone already is what was wanted."""
@@ -187,12 +191,11 @@ def cluster_name(run_id: str) -> str:
 
 
 def _command(task: Task, run_id: str, tracking_uri: str) -> str:
-    """The shell line of every node: plain Python for one process, torchrun for one process an accelerator."""
-    command = task.command(PYTHON, run_id, tracking_uri)
-    processes = 1 if task.resources.on_cpu else task.resources.per_node
-    if processes * task.resources.nodes == 1:
-        return f"exec {shlex.join(command)}\n"
-    return f"exec {TORCHRUN.format(python=PYTHON, processes=processes, rest=shlex.join(command[1:]))}\n"
+    """The shell line of every node: plain Python for one process, torchrun where there are several or several nodes."""
+    program = shlex.join(task.program(run_id, tracking_uri))
+    if task.processes * task.resources.nodes == 1:
+        return f"exec {PYTHON} {program}\n"
+    return f"exec {TORCHRUN.format(python=PYTHON, options=shlex.join(task.torchrun), program=program)}\n"
 
 
 def _check_uri(uri: str) -> None:

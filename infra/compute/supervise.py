@@ -12,6 +12,7 @@ Standard library only: this process stays for as long as the task does.
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -65,10 +66,31 @@ def supervise(out: Path, run_id: str, command: Sequence[str], lock: IO[bytes], g
         return 127
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _terminate(child, grace_seconds))
+    # Slurm's notice that time is nearly over: the command may make use of it.
+    signal.signal(signal.SIGUSR1, lambda *_: _signal_group(child, signal.SIGUSR1))
     exit_code = _wait(child, out / HEARTBEAT)
     _signal_group(child, signal.SIGKILL)
+    for pid in ranks(out, run_id):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     _write(out / ATTEMPT, {**record, "ended": time.time(), "exit_code": exit_code})
     return 0
+
+
+def ranks(out: Path, run_id: str) -> list[int]:
+    """Ids of the processes that work in `out` for this run: torchrun puts each rank into a session of its own.
+
+    They are known by their command lines, which `Task.program` ends; nothing is found where there is no /proc.
+    """
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        pid = int(entry.parent.name)
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes().decode(errors="replace").split("\0")
+            ours = ("--run-id", run_id) in itertools.pairwise(words)
+            if ours and pid != os.getpid() and any(os.path.abspath(word) == str(out) for word in words):
+                found.append(pid)
+    return found
 
 
 def _lock(path: Path) -> IO[bytes] | None:

@@ -11,7 +11,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, get_args
 
+from infra.compute.supervise import GRACE_SECONDS
 from infra.workspace import RESULT
+
+# Exit codes of a training that stopped before its end, with the numbers of sysexits.h that mean "try again" and three
+# that no interpreter or shell uses by itself: asked to stop and saved its place; a rank took no step for too long; the
+# device or the host had no memory left; another rank was gone without a word.
+PREEMPTED, HUNG, OUT_OF_MEMORY, RANK_LOST = 75, 76, 77, 79
+# In a step's folder: why it stopped (`infra/compute/ending.py`), the stacks of ranks that hung, a wish to stop.
+STOPPED, STACKS, STOP = "stopped.json", "stacks", "stop"
+# What asks for a stop: a cancelled task or a machine taken away, and Slurm's notice (`--signal=USR1@120`).
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+# torchrun kills its ranks that much before the supervisor kills torchrun, which else would leave them behind.
+TORCHRUN_MARGIN_SECONDS = 5
+# What a training has to save its place: the notice that AWS gives before it takes a spot machine away.
+SAVE_SECONDS = 120.0
 
 Status = Literal["running", "succeeded", "failed", "preempted", "lost"]
 TAIL_LINES = 60
@@ -23,7 +37,19 @@ class ComputeError(RuntimeError):
 
 
 class TaskFailed(ComputeError):  # noqa: N818  the name that an asset's reader sees; it is a fact, not a defect
-    """A task that ended without success: what it said last, the run that recorded it, and where the whole log is."""
+    """A task that ended without success: what it said last, the run that recorded it, and where the whole log is.
+
+    `state` is how it ended.
+    """
+
+    def __init__(self, message: str, state: "TaskState | None" = None) -> None:
+        super().__init__(message)
+        self.state = state
+
+    @property
+    def first_line(self) -> str:
+        """Which task it was and why, without its log."""
+        return str(self).partition("\n")[0]
 
 
 @dataclass(frozen=True)
@@ -72,7 +98,10 @@ class Task:
     """One command on hardware: `python -m module *arguments`, which fills `out` and writes `result.json` there last.
 
     `name` is the step path (`v2_0-tiny/dit_stage1`); the folder name of `out` is the digest of the step's inputs.
-    `purpose` is the ledger's word for what the money is spent on; `tags` go to the run as they are.
+    `purpose` is the ledger's word for what the money is spent on; `tags` go to the run as they are. More than one of
+    `processes` on a node are ranks of torchrun. A task that resumes where it stopped may be started again by itself, up
+    to `retries` times; one that is asked to stop has `grace_seconds` to save its place. Raises ComputeError for fewer
+    than one process.
     """
 
     name: str
@@ -83,6 +112,16 @@ class Task:
     purpose: str
     experiment: str
     tags: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
+    retries: int = 0
+    grace_seconds: float = GRACE_SECONDS
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if self.processes < 1:
+            raise ComputeError(
+                f"{self.name} asks for {self.processes} processes; a task needs at least one on each node"
+            )
 
     @property
     def key(self) -> str:
@@ -95,9 +134,23 @@ class Task:
         return (self.out / RESULT).is_file()
 
     def command(self, python: str, run_id: str, tracking_uri: str) -> tuple[str, ...]:
-        """The argument list that runs this task under interpreter `python` and logs to run `run_id`."""
-        run = ("--run-id", run_id, "--tracking-uri", tracking_uri)
-        return (python, "-m", self.module, *self.arguments, *run)
+        """The argument list that runs this task on one node under `python` and logs to run `run_id`."""
+        alone = ("--standalone", "--nnodes", "1", *self.torchrun) if self.processes > 1 else ()
+        ranks = ("-m", "torch.distributed.run", *alone) if alone else ()
+        return (python, *ranks, *self.program(run_id, tracking_uri))
+
+    def program(self, run_id: str, tracking_uri: str) -> tuple[str, ...]:
+        """What every process of this task runs, from `-m` on."""
+        return ("-m", self.module, *self.arguments, "--run-id", run_id, "--tracking-uri", tracking_uri)
+
+    @property
+    def torchrun(self) -> tuple[str, ...]:
+        """Options of torchrun: it starts nobody again (an attempt is a run), and hands on every wish to stop."""
+        patience = max(1, int(self.grace_seconds) - TORCHRUN_MARGIN_SECONDS)
+        return (
+            *("--nproc-per-node", str(self.processes), "--max-restarts", "0"),
+            *("--signals-to-handle", SIGNALS, "--shutdown-timeout", str(patience)),
+        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +179,7 @@ class TaskState:
     """Where a task stands. Times are seconds since the epoch; `ended` of a lost task is its last sign of life.
 
     `preempted` means that the machine was taken away; `lost` that the task is gone and left no record of its end.
+    `reason` is what the task itself, or torchrun, said about its end.
     """
 
     status: Status
@@ -133,6 +187,7 @@ class TaskState:
     started: float | None = None
     ended: float | None = None
     tail: str = ""
+    reason: str = ""
 
     def __post_init__(self) -> None:
         """Check the status."""

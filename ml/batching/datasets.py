@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ml.batching.buckets import Bucketing, Cell, Footage, uniform
 from ml.batching.sampler import Batch
+from ml.batching.shards import DatasetError, Shards
 from ml.batching.video import ClipCache, Frames, span
-from ml.manifest import EXAMPLES, LATENTS
+from ml.manifest import EXAMPLES, LATENTS, ManifestError
 from ml.models.inputs import Text
 from ml.sections import AutoencoderStage, Stage
 from ml.shapes import Size, frame_interval
@@ -28,11 +28,10 @@ NULL = "null"
 HEAD, TAIL = "head", "tail"
 # Suffix of the latent of a damaged copy of the clip, which 1.3 learns to clean up.
 DAMAGED = "damaged"
+# Everything that a key may name, in the order of its checksum.
+SUFFIXES = ("", f"/{HEAD}", f"/{TAIL}", f"/{DAMAGED}")
 CACHE_BYTES = 1 << 30
-
-
-class DatasetError(ValueError):
-    """A dataset that cannot serve a stage, with what to do about it."""
+REMEDY = "make the step `latents` again: remove its folder and run the walk"
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,11 @@ class LatentBatch:
     tails: Tensor | None = None
     damaged: Tensor | None = None
 
+    def pin_memory(self) -> "LatentBatch":
+        """In page-locked memory, which a GPU copies from without waiting."""
+        pinned = [None if one is None else one.pin_memory() for one in (self.heads, self.tails, self.damaged)]
+        return LatentBatch(self.latents.pin_memory(), self.text.pin_memory(), self.fps.pin_memory(), self.cell, *pinned)
+
 
 class LatentDataset:
     """The latents of one folder (`ml.encode latents`): rows of `latents.parquet`, tensors in its shards.
@@ -60,8 +64,13 @@ class LatentDataset:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows = LATENTS.read(folder).set_index("key", drop=False)
-        self._tensors = {name: safe_open(folder / name, "pt") for name in (*sorted(set(self.rows["shard"])), TEXT_FILE)}
+        try:
+            self.rows = LATENTS.read(folder).set_index("key", drop=False)
+        except ManifestError as error:
+            if "crc32" not in str(error):
+                raise
+            raise DatasetError(f"the latents of {folder} have no checksums; {REMEDY}") from error
+        self._shards = Shards(folder, REMEDY)
 
     @property
     def null(self) -> Text:
@@ -82,34 +91,30 @@ class LatentDataset:
             groups.setdefault(_cell(row), []).append(row.key)
         return groups
 
+    def of_batch(self, batch: Batch) -> LatentBatch:
+        """The latents and captions of a batch of keys."""
+        return self.load(batch.ids)
+
     def load(self, keys: Sequence[str]) -> LatentBatch:
-        """The latents and captions of keys of one shape."""
-        latents = torch.stack([self._latent(key, key) for key in keys])
+        """The latents and captions of keys of one shape; raises DatasetError for a damaged shard."""
+        found = [self._tensors(key) for key in keys]
         text = self.text([str(self.rows.at[key, "clip_id"]) for key in keys])
         fps = torch.tensor([float(self.rows.at[key, "fps"]) for key in keys])
-        more = [self._more(keys, name) for name in (HEAD, TAIL, DAMAGED)]
+        latents, *more = [_stacked(found, keys, suffix) for suffix in SUFFIXES]
+        assert latents is not None
         return LatentBatch(latents, text, fps, _cell(self.rows.loc[keys[0]]), *more)
 
     def text(self, clip_ids: Sequence[str]) -> Text:
         """Text embeddings of the captions of clips."""
-        return Text(*(torch.stack([self._text(clip_id, part) for clip_id in clip_ids]) for part in TEXT_PARTS))
+        found = [
+            self._shards.read(TEXT_FILE, clip_id, [f"{clip_id}/{part}" for part in TEXT_PARTS]) for clip_id in clip_ids
+        ]
+        columns = zip(*(tensors.values() for tensors in found), strict=True)
+        return Text(*(torch.stack(column) for column in columns))
 
-    def _more(self, keys: Sequence[str], name: str) -> Tensor | None:
-        """What the encoder wrote beside the latents themselves, if it did."""
-        file = self._tensors[self.rows.at[keys[0], "shard"]]
-        if f"{keys[0]}/{name}" not in set(file.keys()):  # type: ignore[no-untyped-call]
-            return None
-        return torch.stack([self._latent(key, f"{key}/{name}") for key in keys])
-
-    def _latent(self, key: str, name: str) -> Tensor:
-        return self._tensor(self.rows.at[key, "shard"], name)
-
-    def _text(self, name: str, part: str) -> Tensor:
-        return self._tensor(TEXT_FILE, f"{name}/{part}")
-
-    def _tensor(self, file: str, name: str) -> Tensor:
-        tensor: Tensor = self._tensors[file].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+    def _tensors(self, key: str) -> dict[str, Tensor]:
+        row = self.rows.loc[key]
+        return self._shards.read(row["shard"], key, [f"{key}{suffix}" for suffix in SUFFIXES], int(row["crc32"]))
 
 
 @dataclass(frozen=True)
@@ -190,10 +195,56 @@ class AutoencoderClips:
         return self.lengths[int(uniform("length", *where) * len(self.lengths))]
 
 
+@dataclass(frozen=True)
+class ClipBatch:
+    """Clips as they were decoded: frames [B,T,H,W,3] uint8, ids, frame rates [B], and the batch that they are."""
+
+    frames: Tensor
+    ids: tuple[str, ...]
+    fps: Tensor
+    batch: Batch
+
+    def pin_memory(self) -> "ClipBatch":
+        """In page-locked memory, which a GPU copies from without waiting."""
+        return ClipBatch(self.frames.pin_memory(), self.ids, self.fps.pin_memory(), self.batch)
+
+
+class ClipBatches:
+    """Batches of random spans of training clips for a transformer stage, which encodes them while it trains.
+
+    Spans are drawn from the seed and the batch's position, so that every epoch sees others; a picture is any frame.
+    """
+
+    def __init__(self, clips: ClipDataset, stage: Stage, seed: int) -> None:
+        self.clips, self.stage, self.seed = clips, stage, seed
+
+    def groups(self) -> dict[Cell, list[str]]:
+        """Clips in each bucket, by the rules that `ml.encode` follows; raises DatasetError when there is none."""
+        groups: dict[Cell, list[str]] = {}
+        for clip in self.clips.of("train", self.stage.tier):
+            for cell in self.clips.bucketing.cells(clip.footage, self.stage.buckets):
+                groups.setdefault(cell, []).append(clip.footage.clip_id)
+        if not groups:
+            raise DatasetError(f"no train clip fits a bucket of {self.stage.name}: too small, too short, or no tier")
+        return groups
+
+    def load(self, batch: Batch) -> ClipBatch:
+        """The frames of a batch of clips."""
+        rng = np.random.default_rng((self.seed, batch.position.epoch, batch.position.index))
+        size, frames = batch.cell.size, batch.cell.frames
+        read = [self.clips.read(clip_id, size, frames, rng) for clip_id in batch.ids]
+        fps = [self.clips.bucketing.rate(self.clips.clips[clip_id].footage) for clip_id in batch.ids]
+        return ClipBatch(torch.from_numpy(np.stack(read)), batch.ids, torch.tensor(fps), batch)
+
+
 def to_video(clips: Sequence[Frames]) -> Tensor:
     """uint8 frames [T,H,W,3] of several clips to one video tensor [B,3,T,H,W] in [-1, 1]."""
-    video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
-    return video.float().div_(127.5).sub_(1.0).contiguous()
+    return as_video(torch.from_numpy(np.stack(clips)))
+
+
+def as_video(frames: Tensor) -> Tensor:
+    """uint8 frames [B,T,H,W,3] to video [B,3,T,H,W] in [-1, 1], on the same device."""
+    return frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0).contiguous()
 
 
 def to_frames(video: Tensor) -> list[Frames]:
@@ -205,6 +256,13 @@ def to_frames(video: Tensor) -> list[Frames]:
 def batch_sizes(groups: Mapping[Cell, Sequence[str]], stage: Stage) -> dict[Cell, int]:
     """The recipe's batch size of every bucket."""
     return {cell: stage.buckets[cell.resolution][cell.frames].batch for cell in groups}
+
+
+def _stacked(found: Sequence[Mapping[str, Tensor]], keys: Sequence[str], suffix: str) -> Tensor | None:
+    """One kind of tensor of all keys [B,...]; None where the first has none."""
+    if f"{keys[0]}{suffix}" not in found[0]:
+        return None
+    return torch.stack([tensors[f"{key}{suffix}"] for key, tensors in zip(keys, found, strict=True)])
 
 
 def _cell(row: Any) -> Cell:

@@ -1,30 +1,32 @@
-"""Batches of one shape each, in an order that depends on seed and epoch only, from any position.
+"""Batches of one shape each, in one order that depends on the seed only, from any position, for any number of ranks.
 
-A position is (epoch, index); nothing else is state, so that resuming is handing a position back. Nothing is dropped:
-the last batch of a bucket is smaller when the bucket does not divide.
+Epochs are laid end to end: batch number n of an order with L batches an epoch has the position (n // L, n % L). From
+position n on, data rank r of `size` takes number n + r, and all go on at n + size; so what is handed out does not
+depend on how many share it. A position, with the batches that are passed over, is all the state there is. Nothing is
+dropped: the last batch of a bucket is smaller when the bucket does not divide.
+
+Batches in `skipped` (those that spoiled a step) take no turn: the order is counted over the others, so that every step
+is full on every number of ranks.
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ml.batching.buckets import Cell
 
-Data = TypeVar("Data")
-
 
 class SamplerError(ValueError):
-    """A sampler without examples, or a position that belongs to another sampler."""
+    """A sampler without examples, or a state that belongs to another sampler."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Position:
-    """Where in the stream of batches: epoch, and number of batches of it already handed out (over all data ranks)."""
+    """Where in the order: epoch, and number of batches of it before this one (over all data ranks)."""
 
     epoch: int = 0
     index: int = 0
@@ -32,7 +34,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of one bucket that go through the model together."""
+    """Examples of one bucket that go through the model together, and their own place in the order."""
 
     cell: Cell
     ids: tuple[str, ...]
@@ -40,7 +42,7 @@ class Batch:
 
 
 class BucketSampler:
-    """Hands out batches of one bucket each; every data rank takes every `size`-th batch.
+    """Hands out batches of one bucket each; data ranks take turns.
 
     `groups` are the ids in each bucket, `batch_sizes` the batch of each bucket. Raises SamplerError when there is no
     example at all.
@@ -59,19 +61,55 @@ class BucketSampler:
             raise SamplerError("no example falls in any bucket: look at the buckets of the stage and at its tier")
         self._batch_sizes = dict(batch_sizes)
         self.seed, self.rank, self.size = seed, rank, size
-        self._epoch: tuple[int, list[tuple[Cell, tuple[str, ...]]]] | None = None
+        self.skipped: frozenset[Position] = frozenset()
+        self._epochs: dict[int, list[tuple[Cell, tuple[str, ...]]]] = {}
 
     def at(self, position: Position) -> tuple[Batch, Position]:
-        """The batch of this rank at a position, and the position after it."""
-        batches = self._batches(position.epoch)
-        if position.index >= len(batches):
-            return self.at(Position(position.epoch + 1, 0))
-        cell, ids = batches[(position.index + self.rank) % len(batches)]
-        return Batch(cell, ids, position), Position(position.epoch, position.index + self.size)
+        """This rank's batch where all ranks stand at `position`, and where they stand after it."""
+        own = self.advance(position, self.rank)
+        cell, ids = self._batches(own.epoch)[own.index]
+        return Batch(cell, ids, own), self.advance(position, self.size)
+
+    def advance(self, position: Position, count: int) -> Position:
+        """Whose turn it is `count` turns after that of `position` (0: the first from there on that is not skipped)."""
+        length = self.epoch_length()
+        number = position.epoch * length + position.index
+        while True:
+            place = Position(*divmod(number, length))
+            if place not in self.skipped:
+                if count == 0:
+                    return place
+                count -= 1
+            number += 1
+
+    def state(self, position: Position) -> dict[str, Any]:
+        """What `restore` needs to go on at a position: plain data."""
+        ahead = sorted(place for place in self.skipped if place >= position)
+        return {
+            "seed": self.seed,
+            "epoch": position.epoch,
+            "index": position.index,
+            "skipped": [[place.epoch, place.index] for place in ahead],
+            "order": self._order,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> Position:
+        """Where to go on; what the state skips is skipped, and so is all that was skipped here before.
+
+        Raises SamplerError when the state was saved under another seed or over other examples.
+        """
+        if state["seed"] != self.seed:
+            raise SamplerError(f"position was saved under seed {state['seed']}, this sampler has {self.seed}")
+        if state["order"] != self._order:
+            raise SamplerError(
+                "position was saved over other examples or batch sizes: train on the same data, or into another folder"
+            )
+        self.skipped |= {Position(epoch, index) for epoch, index in state["skipped"]}
+        return Position(state["epoch"], state["index"])
 
     def epoch_length(self) -> int:
         """Batches in one epoch, over all data ranks."""
-        return len(self._batches(0))
+        return sum(-(-len(ids) // self._batch_sizes[cell]) for cell, ids in self._groups.items())
 
     def num_examples(self) -> int:
         """Examples in one epoch."""
@@ -87,10 +125,22 @@ class BucketSampler:
         rest = {cell: len(ids) % self._batch_sizes[cell] for cell, ids in self._groups.items()}
         return {cell: number for cell, number in rest.items() if number}
 
+    @cached_property
+    def _order(self) -> str:
+        """Digest of what decides the order beside the seed."""
+        digest = hashlib.sha256()
+        for cell, ids in self._groups.items():
+            digest.update(f"{cell}\x1f{self._batch_sizes[cell]}\x1e".encode())
+            digest.update("\x1f".join(ids).encode())
+        return digest.hexdigest()[:16]
+
     def _batches(self, epoch: int) -> list[tuple[Cell, tuple[str, ...]]]:
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._shuffled(epoch))
-        return self._epoch[1]
+        # A thread that reads ahead asks for the next epoch while this one is still asked for.
+        if (found := self._epochs.get(epoch)) is None:
+            found = self._shuffled(epoch)
+            near = {other: order for other, order in self._epochs.copy().items() if abs(other - epoch) == 1}
+            self._epochs = {**near, epoch: found}
+        return found
 
     def _shuffled(self, epoch: int) -> list[tuple[Cell, tuple[str, ...]]]:
         batches = []
@@ -100,56 +150,6 @@ class BucketSampler:
             shuffled = [ids[i] for i in order]
             batches += [(cell, tuple(shuffled[i : i + step])) for i in range(0, len(ids), step)]
         return [batches[i] for i in _rng(self.seed, epoch, "order").permutation(len(batches))]
-
-
-class BatchStream(Generic[Data]):
-    """Batches with their data, loaded one ahead by a thread, from any position; counts which ids were consumed.
-
-    `load` turns a Batch into its data and must depend on the Batch only. Close it, or use it as a context manager.
-    """
-
-    def __init__(self, sampler: BucketSampler, load: Callable[[Batch], Data]) -> None:
-        self.sampler, self._load = sampler, load
-        self._position = Position()
-        self._ahead: Future[tuple[Batch, Data, Position]] | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self.consumed: Counter[str] = Counter()
-
-    def __enter__(self) -> "BatchStream[Data]":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def next(self) -> tuple[Batch, Data]:
-        """The next batch and its data; a failure of `load` is raised here."""
-        batch, data, self._position = (self._ahead or self._submit(self._position)).result()
-        self._ahead = self._submit(self._position)
-        self.consumed.update(batch.ids)
-        return batch, data
-
-    def state(self) -> dict[str, int]:
-        """What `restore` needs to go on after the last batch handed out."""
-        return {"seed": self.sampler.seed, "epoch": self._position.epoch, "index": self._position.index}
-
-    def restore(self, state: Mapping[str, int], consumed: Mapping[str, int]) -> None:
-        """Go on from a saved state; raises SamplerError when it was saved under another seed."""
-        if state["seed"] != self.sampler.seed:
-            raise SamplerError(f"position was saved under seed {state['seed']}, this sampler has {self.sampler.seed}")
-        self._position = Position(state["epoch"], state["index"])
-        self._ahead = None
-        self.consumed = Counter(consumed)
-
-    def close(self) -> None:
-        """Stop loading ahead."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
-
-    def _submit(self, position: Position) -> Future[tuple[Batch, Data, Position]]:
-        return self._worker.submit(self._fetch, position)
-
-    def _fetch(self, position: Position) -> tuple[Batch, Data, Position]:
-        batch, following = self.sampler.at(position)
-        return batch, self._load(batch), following
 
 
 def _rng(*parts: object) -> np.random.Generator:

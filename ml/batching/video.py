@@ -89,6 +89,10 @@ class ClipCache:
         self._bytes = 0
         self._clips: OrderedDict[tuple[Path, Size], Frames] = OrderedDict()
 
+    def __reduce__(self) -> tuple[type["ClipCache"], tuple[int]]:
+        """Sent to another process, it starts empty there."""
+        return ClipCache, (self._max_bytes,)
+
     def read(self, path: Path, num_frames: int, indices: Sequence[int], size: Size) -> Frames:
         """The frames with these indices as uint8 `[T, H, W, 3]`; raises DecodeError as `read_clip` does."""
         key = (path, size)

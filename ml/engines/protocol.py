@@ -36,6 +36,18 @@ class Moments:
     updates: Mapping[str, int]
 
 
+class Cut(Protocol):
+    """How one weight is cut over tensor-parallel ranks: which part of the full tensor each of them holds."""
+
+    def join(self, shards: Sequence[Tensor]) -> Tensor:
+        """The full tensor of the shards of all ranks, in their order."""
+        ...
+
+    def take(self, full: Tensor, rank: int, size: int) -> Tensor:
+        """The shard of one of `size` ranks; the inverse of `join`."""
+        ...
+
+
 class Engine(Protocol):
     """One way to run the forward, the backward and the update; wraps the model once, in `setup`.
 
@@ -125,6 +137,10 @@ class Engine(Protocol):
 
         Raises EngineError when the weights are of another network, naming the first that differs.
         """
+        ...
+
+    def publish(self) -> None:
+        """Let the model compute with the masters as they are now, after they were written to. Together."""
         ...
 
     def barrier(self) -> None:

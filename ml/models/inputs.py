@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ml.models.recompute import Recompute
+from ml.models.sequence import SequenceParallel
 from ml.models.weights import Card, Origin
 
 
@@ -29,6 +30,10 @@ class Text:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Text":
         """On a device, floats in a dtype."""
         return Text(self.context.to(device, dtype), self.pooled.to(device, dtype), self.mask.to(device))
+
+    def pin_memory(self) -> "Text":
+        """In page-locked memory, which a GPU copies from without waiting."""
+        return Text(self.context.pin_memory(), self.pooled.pin_memory(), self.mask.pin_memory())
 
     def expand(self, count: int) -> "Text":
         """One text [1,...] for `count` samples."""
@@ -70,6 +75,7 @@ class Denoiser(Protocol):
 
     checkpoint_blocks: tuple[int, int]
     recompute: Recompute
+    sp: SequenceParallel
 
     @property
     def null_context(self) -> Tensor | None:

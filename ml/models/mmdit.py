@@ -19,7 +19,7 @@ from ml.models.mmdit_blocks import DoubleBlock, FinalLayer, Rope, SingleBlock
 from ml.models.positional import named
 from ml.models.recompute import Recompute
 from ml.models.rope import positions, rope_angles
-from ml.models.sequence import PlainSequence, SequenceParallel
+from ml.models.sequence import PlainSequence, SequenceParallel, Shared
 from ml.models.weights import Card, Origin
 
 TIME_FEATURES = 256
@@ -42,7 +42,7 @@ class MMDiT(nn.Module):
 
     `checkpoint_blocks` = how many double and single blocks recompute their activations in backward; it starts as
     `grad_ckpt_settings` (none where that is None), and `recompute` says how. `sp` is the seam of sequence-parallel
-    engines.
+    engines: it cuts the text and the picture, each by itself, and a rank's blocks see its shares of both.
     """
 
     def __init__(self, config: MMDiTSection | None = None, **hyper: Any) -> None:
@@ -122,15 +122,17 @@ class MMDiT(nn.Module):
         """
         conditions = cast(Conditions, named(tuple(Conditions.__annotations__), more, others))
         vec = self._vec(timesteps, y_vec, conditions.get("guidance"), img.dtype)
-        img = self.sp.split(self._embed(img, conditions.get("cond")), dim=1)
-        txt = self.sp.split(self.txt_in(txt), dim=1)
+        shared, cond = Shared(self.sp, (txt.shape[1], img.shape[1])), conditions.get("cond")
+        # Cut before they are embedded: no rank ever holds all tokens at the network's width.
+        img = self._embed(self.sp.split(img, dim=1), None if cond is None else self.sp.split(cond, dim=1))
+        txt = self.txt_in(self.sp.split(txt, dim=1))
         rope = self._rope(torch.cat([self.sp.split(txt_ids, dim=1), self.sp.split(img_ids, dim=1)], dim=1), img.dtype)
         for index, block in enumerate(self.double_blocks):
-            img, txt = self.recompute.run(block, index < self.checkpoint_blocks[0], img, txt, vec, rope, self.sp)
+            img, txt = self.recompute.run(block, index < self.checkpoint_blocks[0], img, txt, vec, rope, shared)
         joint, num_text = torch.cat([txt, img], dim=1), txt.shape[1]
         for index, block in enumerate(self.single_blocks):
-            joint = self.recompute.run(block, index < self.checkpoint_blocks[1], joint, vec, rope, self.sp)
-        return self.sp.gather(self.final_layer(joint[:, num_text:], vec), dim=1)
+            joint = self.recompute.run(block, index < self.checkpoint_blocks[1], joint, vec, rope, shared)
+        return self.sp.gather(self.final_layer(joint[:, num_text:], vec), 1, shared.tokens[1])
 
     def _vec(self, t: Tensor, pooled: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
         vec: Tensor = self.time_in(timestep_embedding(t, TIME_FEATURES).to(dtype))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ml.architectures import MMDiT as MMDiTSection
 from ml.models.layers import Modulation, QKNorm, modulate
 from ml.models.rope import rotate, rotate_pairs
-from ml.models.sequence import SequenceParallel
+from ml.models.sequence import Shared
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class DoubleBlock(nn.Module):
         self.img_attn, self.txt_attn = StreamAttention(config), StreamAttention(config)
         self.img_mlp, self.txt_mlp = mlp(width, hidden), mlp(width, hidden)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, sp: SequenceParallel) -> tuple[Tensor, Tensor]:
-        """img [B,L,W], txt [B,S,W], vec [B,W] -> the same shapes."""
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, shared: Shared) -> tuple[Tensor, Tensor]:
+        """img [B,L,W], txt [B,S,W], vec [B,W] -> the same shapes; `shared` says whose tokens they attend to as well."""
         img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
         txt_qkv = self.txt_attn.project(modulate(txt, txt_mod[0], txt_mod[1]))
         img_qkv = self.img_attn.project(modulate(img, img_mod[0], img_mod[1]))
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        joint = heads_last(sp.attention(rope.turn(query), rope.turn(key), value))
-        txt_out, img_out = joint.tensor_split([txt.shape[1]], dim=1)
+        joint = heads_last(shared.attention(rope.turn(query), rope.turn(key), value))
+        txt_out, img_out = torch.split(joint, [txt.shape[1], img.shape[1]], dim=1)
         img = img + img_mod[2] * self.img_attn.proj(img_out)
         txt = txt + txt_mod[2] * self.txt_attn.proj(txt_out)
         img = img + img_mod[5] * self.img_mlp(modulate(img, img_mod[3], img_mod[4]))
@@ -94,11 +94,11 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(width // self.heads)
         self.modulation = Modulation(width, 3)
 
-    def forward(self, x: Tensor, vec: Tensor, rope: Rope, sp: SequenceParallel) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, rope: Rope, shared: Shared) -> Tensor:
         """Joint tokens [B,S+L,W], vec [B,W] -> [B,S+L,W]."""
         shift, scale, gate = self.modulation(vec)
         query, key, value, hidden = self._project(modulate(x, shift, scale))
-        joint = heads_last(sp.attention(rope.turn(query), rope.turn(key), value))
+        joint = heads_last(shared.attention(rope.turn(query), rope.turn(key), value))
         hidden = nn.functional.gelu(hidden, approximate="tanh")
         out: Tensor = x + gate * self.linear2(torch.cat([joint, hidden], dim=-1))
         return out
@@ -106,10 +106,10 @@ class SingleBlock(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[B,L,W] -> normed query and key, value [B,N,L,D] each, and the hidden lanes of the MLP."""
         if self.fused:
-            q, k, v, hidden = self.linear1(x).tensor_split([self.width, 2 * self.width, 3 * self.width], dim=-1)
+            q, k, v, hidden = _parts(self.linear1(x), [self.width] * 3)
         else:
             q, k = self.q_proj(x), self.k_proj(x)
-            v, hidden = self.v_mlp(x).tensor_split([self.width], dim=-1)
+            v, hidden = _parts(self.v_mlp(x), [self.width])
         query, key, value = (heads_first(part, self.heads) for part in (q, k, v))
         return (*normed(self.norm, query, key, value), value, hidden)
 
@@ -148,3 +148,9 @@ def heads_first(x: Tensor, heads: int) -> Tensor:
 def heads_last(x: Tensor) -> Tensor:
     """[B,N,L,D] -> [B,L,N D]."""
     return rearrange(x, "b n l d -> b l (n d)")
+
+
+def _parts(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Lanes of x [...,W] by these sizes, and the rest. (`split` joins gradients at once, `tensor_split` adds zeros.)"""
+    parts: tuple[Tensor, ...] = torch.split(x, [*sizes, x.shape[-1] - sum(sizes)], dim=-1)
+    return parts

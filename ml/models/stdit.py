@@ -15,6 +15,7 @@ from ml import architectures
 from ml.models.inputs import Inputs
 from ml.models.layers import modulate
 from ml.models.recompute import Recompute
+from ml.models.sequence import PlainSequence, SequenceParallel, Shared
 from ml.models.stdit_layers import (
     Attention,
     CaptionEmbedder,
@@ -49,6 +50,9 @@ class STDiT(nn.Module):
     `pos_embed` [1,S,D] and `pos_embed_temporal` [1,T,D] are the position tables of `input_size`, kept with the weights
     though nothing is learned in them; a latent of another size gets tables of its own. Dividing positions by
     `time_scale` is what the released code does (om/layers/blocks.py), against a multiplication stated elsewhere.
+
+    `sp` is the seam of sequence-parallel engines: it cuts the tokens S of every frame, so that only attention within a
+    frame speaks to other ranks; frames, text and modulation are whole on every rank.
     """
 
     pos_embed: Tensor
@@ -58,6 +62,7 @@ class STDiT(nn.Module):
         super().__init__()
         self.config = config = config or architectures.hyper_of(architectures.STDiT, hyper)
         self.checkpoint_blocks, self.recompute = (0, 0), Recompute()
+        self.sp: SequenceParallel = PlainSequence()
         width, patch = config.hidden_size, config.patch_size
         grid = tuple(size // cell for size, cell in zip(config.input_size, patch, strict=True))
         self.register_buffer("pos_embed", self.spatial_positions(grid[1], grid[2]))
@@ -107,13 +112,15 @@ class STDiT(nn.Module):
         spatial, temporal = self._positions(token_grid(shape, config.patch_size))
         tokens = self.x_embedder(x.to(dtype))
         tokens = tokens + spatial.to(tokens.dtype)
+        shared, tokens = Shared(self.sp, (tokens.shape[2],)), self.sp.split(tokens, dim=2)
         t = self.t_embedder(timestep.to(dtype))
         text = pack_text(self.y_embedder(y.to(dtype)), mask)
         moment = Moment(self.t_block(t))
         for index, block in enumerate(self.blocks):
             start = temporal.to(tokens.dtype) if index == 0 else None
-            tokens = self.recompute.run(block, index < self.checkpoint_blocks[0], tokens, moment, text, start)
-        return unpatchify(self.final_layer(tokens, t), shape, config.patch_size, config.out_channels).float()
+            tokens = self.recompute.run(block, index < self.checkpoint_blocks[0], tokens, moment, text, shared, start)
+        out = self.sp.gather(self.final_layer(tokens, t), 2, shared.tokens[0])
+        return unpatchify(out, shape, config.patch_size, config.out_channels).float()
 
     def spatial_positions(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """Sinusoidal positions [1,height x width,D] of a frame's tokens, their index divided by `space_scale`.
@@ -159,14 +166,14 @@ class STDiTBlock(nn.Module):
         """Layers that start at zero, so that a network grown from an image model begins as that model."""
         return self.cross_attn.proj, self.attn_temp.proj
 
-    def forward(self, x: Tensor, moment: Moment, text: PackedText, temporal: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, moment: Moment, text: PackedText, shared: Shared, temporal: Tensor | None) -> Tensor:
         """[B,T,S,D] -> the same shape; `temporal` [1,T,D] is given to the first block only.
 
         Temporal attention hears the raw tokens, neither normed nor modulated, and shares the gate of spatial attention.
         """
         batch = len(x)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors(self.scale_shift_table, moment)
-        heard = self.attn(modulate(x, shift, scale).flatten(0, 1)).unflatten(0, (batch, -1))
+        heard = self.attn(modulate(x, shift, scale).flatten(0, 1), None, shared).unflatten(0, (batch, -1))
         x = x + self._dropped(gate * heard)
         series = rearrange(x, "b t s d -> (b s) t d")
         heard = self.attn_temp(series if temporal is None else series + temporal)

@@ -16,6 +16,7 @@ from ml.models.inputs import Inputs
 from ml.models.layers import modulate
 from ml.models.positional import named
 from ml.models.recompute import Recompute
+from ml.models.sequence import PlainSequence, SequenceParallel, Shared
 from ml.models.stdit_layers import (
     Attention,
     CaptionEmbedder,
@@ -69,12 +70,16 @@ class STDiT2(nn.Module):
     and `enable_sequence_parallelism` change nothing (attention picks its own kernel), nor do `input_size` and
     `no_temporal_pos_emb`, which the original ignores too. `class_dropout_prob` acts only when `y_embedder.random_drop`
     is set. `qk_norm_legacy` turns queries and keys before their norm; the released 1.1 weights were trained so.
+
+    `sp` is the seam of sequence-parallel engines: it cuts the tokens S of every frame, so that only attention within a
+    frame speaks to other ranks; frames, text and modulation are whole on every rank.
     """
 
     def __init__(self, config: architectures.STDiT2 | None = None, **hyper: Any) -> None:
         super().__init__()
         self.config = config = config or architectures.hyper_of(architectures.STDiT2, hyper)
         self.checkpoint_blocks, self.recompute = (0, 0), Recompute()
+        self.sp: SequenceParallel = PlainSequence()
         width, patch = config.hidden_size, config.patch_size
         self.pos_embed = PositionEmbedding2D(width)
         self.x_embedder = PatchEmbed3D(patch, config.in_channels, width)
@@ -152,12 +157,15 @@ class STDiT2(nn.Module):
             for net, told in ((self.t_block, space), (self.t_block_temp, length))
         )
         tokens = self._tokens(x.to(dtype), (tall[0].item() * wide[0].item()) ** 0.5)
+        shared, tokens = Shared(self.sp, (tokens.shape[2],)), self.sp.split(tokens, dim=2)
         text = pack_text(self.y_embedder(y.to(dtype)), mask)
         rope = self.rope(torch.arange(tokens.shape[1], device=x.device))
         for index, block in enumerate(self.blocks):
-            tokens = self.recompute.run(block, index < self.checkpoint_blocks[0], tokens, spatial, temporal, text, rope)
+            chosen = index < self.checkpoint_blocks[0]
+            tokens = self.recompute.run(block, chosen, tokens, spatial, temporal, text, rope, shared)
         # Active frames end with the plain time embedding, given ones with time 0 and the clip's size: as released.
         out = self.final_layer(tokens, t, x_mask, None if t0 is None else t0 + space)
+        out = self.sp.gather(out, 2, shared.tokens[0])
         return unpatchify(out, x.shape, config.patch_size, config.out_channels).float()
 
     def _tokens(self, x: Tensor, side_px: float) -> Tensor:
@@ -187,11 +195,13 @@ class STDiT2Block(nn.Module):
         """Layers that start at zero, so that a network grown from an image model begins as that model."""
         return self.cross_attn.proj, self.attn_temp.proj
 
-    def forward(self, x: Tensor, spatial: Moment, temporal: Moment, text: PackedText, rope: Rope) -> Tensor:
+    def forward(
+        self, x: Tensor, spatial: Moment, temporal: Moment, text: PackedText, rope: Rope, shared: Shared
+    ) -> Tensor:
         """[B,T,S,D] -> the same shape."""
         batch = len(x)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = vectors(self.scale_shift_table, spatial)
-        heard = self.attn(modulate(x, shift, scale).flatten(0, 1)).unflatten(0, (batch, -1))
+        heard = self.attn(modulate(x, shift, scale).flatten(0, 1), None, shared).unflatten(0, (batch, -1))
         x = x + self._dropped(gate * heard)
         shift, scale, gate = vectors(self.scale_shift_table_temporal, temporal)
         heard = self.attn_temp(rearrange(modulate(x, shift, scale), "b t s d -> (b s) t d"), rope)

@@ -16,6 +16,7 @@ from ml import architectures
 from ml.models.inputs import Inputs
 from ml.models.positional import named
 from ml.models.recompute import Recompute
+from ml.models.sequence import PlainSequence, SequenceParallel, Shared
 from ml.models.stdit3_blocks import Heard, Place, STDiT3Block
 from ml.models.stdit_layers import (
     CaptionEmbedder,
@@ -75,12 +76,16 @@ class STDiT3(nn.Module):
     Of the original's run-time switches `drop_path`, `only_train_temporal`, `freeze_y_embedder`, `skip_y_embedder`,
     `skip_temporal` and `force_pad_h_for_sp_size` have their effect; `enable_flash_attn` and `enable_layernorm_kernel`
     have none (`ml.models.attention` picks the kernel), nor has `enable_sequence_parallelism`.
+
+    `sp` is the seam of sequence-parallel engines: it cuts the tokens S of every frame, so that only attention within a
+    frame, and within windows, speaks to other ranks; frames, text and modulation are whole on every rank.
     """
 
     def __init__(self, config: architectures.STDiT3 | None = None, **hyper: Any) -> None:
         super().__init__()
         config = config or architectures.hyper_of(architectures.STDiT3, hyper)
         self.config, self.checkpoint_blocks, self.recompute = config, (0, 0), Recompute()
+        self.sp: SequenceParallel = PlainSequence()
         width, head_size = config.hidden_size, config.hidden_size // config.num_heads
         windowed = config.kernel_size is not None
         self.pos_embed = PositionEmbedding2D(width)
@@ -170,13 +175,13 @@ class STDiT3(nn.Module):
         scale = area_px**0.5 / self.config.input_sq_size
         tokens = self._embed(latent, conditions)
         tokens = tokens + self.pos_embed(tokens, grid[1], grid[2], scale, round((grid[1] * grid[2]) ** 0.5))
-        place = self._place(grid, scale, tokens)
+        place, tokens = self._place(grid, scale, tokens), self.sp.split(tokens, dim=2)
         for index, spatial in enumerate(self.spatial_blocks):
             chosen = index < self.checkpoint_blocks[0]
             tokens = self.recompute.run(spatial, chosen, tokens, moment, heard, place)
             for temporal in self.temporal_blocks[index : index + 1]:
                 tokens = self.recompute.run(temporal, chosen, tokens, moment, heard, place)
-        out = self.final_layer(tokens, t, x_mask, t0)
+        out = self.sp.gather(self.final_layer(tokens, t, x_mask, t0), 2, grid[1] * grid[2])
         whole = unpatchify(out, latent.shape, self.config.patch_size, self.config.out_channels)
         return whole[:, :, :, : x.shape[3]].float()
 
@@ -241,11 +246,14 @@ class STDiT3(nn.Module):
 
     def _place(self, grid: Grid, scale: float, like: Tensor) -> Place:
         frames, height, width = grid
-        spatial = grid_rope(self.rope, (height, width, 1), scale) if self.config.use_spatial_rope else None
+        shared, spatial = Shared(self.sp, (height * width,)), None
+        if self.config.use_spatial_rope:
+            cos, sin = grid_rope(self.rope, (height, width, 1), scale)
+            spatial = self.sp.split(cos, dim=0), self.sp.split(sin, dim=0)
         if self.config.kernel_size is None:
-            return Place(grid, spatial, self.rope(torch.arange(frames, device=like.device)))
+            return Place(grid, spatial, self.rope(torch.arange(frames, device=like.device)), None, shared)
         windows = Windows.cut((height, width, frames), self.config.kernel_size)
-        return Place(grid, spatial, grid_rope(self.rope, windows.size, scale), windows.mask(like))
+        return Place(grid, spatial, grid_rope(self.rope, windows.size, scale), windows.mask(like), shared)
 
 
 def initialise(network: STDiT3) -> None:

@@ -1,16 +1,16 @@
 """The block of STDiT-3, spatial or temporal, windowed or not (om/stdit/stdit3.py, 1.2 and 1.3).
 
-Letters: B batch, T H W grid of tokens, S = H W, D width of the network.
+Letters: B batch, T H W grid of tokens, S = H W or this rank's share of them, D width of the network.
 """
 
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ml import architectures
 from ml.models.layers import modulate
+from ml.models.sequence import HERE, Shared
 from ml.models.stdit_layers import (
     Attention,
     Grid,
@@ -35,12 +35,15 @@ class Heard(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where tokens are: their grid (T, H, W) and the rotary positions of a spatial and of a temporal block."""
+    """Where tokens are: their grid (T, H, W) over all ranks, the rotary positions of a spatial and of a temporal block,
+    and who holds which tokens of a frame.
+    """
 
     grid: Grid
     spatial: Rope | None
     temporal: Rope
     window_mask: Tensor | None = None
+    shared: Shared = HERE
 
 
 class STDiT3Block(nn.Module):
@@ -50,8 +53,7 @@ class STDiT3Block(nn.Module):
         super().__init__()
         width, heads = config.hidden_size, config.num_heads
         self.temporal, self.drop_rate = temporal, drop_rate
-        self.windowed = temporal and config.kernel_size is not None
-        self.attn: Attention
+        self.attn: Attention | WindowAttention
         if temporal and config.kernel_size is not None:
             self.attn = WindowAttention(width, heads, config.kernel_size, config.qk_norm)
         else:
@@ -70,15 +72,14 @@ class STDiT3Block(nn.Module):
         return x + drop_path(thought, self.drop_rate, self.training)
 
     def _attend(self, x: Tensor, place: Place) -> Tensor:
-        height = place.grid[1]
-        if self.windowed:
-            volume = rearrange(x, "b t (h w) d -> b h w t d", h=height)
-            attended: Tensor = self.attn(volume, place.temporal, place.window_mask)
-            return attended.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        attended: Tensor
+        if isinstance(self.attn, WindowAttention):
+            attended = self.attn(x, place.grid, place.temporal, place.window_mask, place.shared)
+            return attended
         if self.temporal:
             attended = self.attn(x.transpose(1, 2).flatten(0, 1), place.temporal)
             return attended.reshape(x.shape[0], x.shape[2], x.shape[1], -1).transpose(1, 2)
-        attended = self.attn(x.flatten(0, 1), place.spatial)
+        attended = self.attn(x.flatten(0, 1), place.spatial, place.shared)
         return attended.reshape(x.shape)
 
     def _listen(self, x: Tensor, heard: Heard) -> Tensor:

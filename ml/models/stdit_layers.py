@@ -12,9 +12,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ml.models.attention import attention, packed_attention
+from ml.models.attention import packed_attention
 from ml.models.layers import NORM_EPS, modulate, timestep_embedding
 from ml.models.rope import rotate_pairs
+from ml.models.sequence import HERE, Shared
 
 TIME_FEATURES = 256
 Rope = tuple[Tensor, Tensor]
@@ -152,7 +153,19 @@ class RotaryTime(nn.Module):
         return angles.cos(), angles.sin()
 
 
-class Attention(nn.Module):
+class Projections(nn.Module):
+    """The weights of self-attention with the optional q/k norm; how tokens attend is up to who uses them."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm: nn.Module = WeightedRMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = WeightedRMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+
+class Attention(Projections):
     """Self-attention over the last axis of tokens, with the optional q/k norm and rotary positions.
 
     `rope_first` turns queries and keys before their norm, as 1.1 was trained (`qk_norm_legacy`); 1.2 and 1.3 turn them
@@ -160,15 +173,11 @@ class Attention(nn.Module):
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False, rope_first: bool = False) -> None:
-        super().__init__()
-        self.heads, self.rope_first = heads, rope_first
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm: nn.Module = WeightedRMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm: nn.Module = WeightedRMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        super().__init__(width, heads, qk_norm)
+        self.rope_first = rope_first
 
-    def forward(self, x: Tensor, rope: Rope | None = None, mask: Tensor | None = None) -> Tensor:
-        """[B,L,D] -> [B,L,D]; `rope` [L,head size/2] twice, `mask` bool or additive, broadcastable to [B,N,L,L]."""
+    def forward(self, x: Tensor, rope: Rope | None = None, shared: Shared = HERE) -> Tensor:
+        """[B,L,D] -> [B,L,D]; `rope` [L,head size/2] twice; `shared` says whose tokens are attended to as well."""
         query, key, value = rearrange(self.qkv(x), "b l (three n d) -> three b n l d", three=3, n=self.heads)
         if rope is not None and self.rope_first:
             query, key = rotate_pairs(query, *rope), rotate_pairs(key, *rope)
@@ -176,7 +185,7 @@ class Attention(nn.Module):
         if rope is not None and not self.rope_first:
             query, key = rotate_pairs(query, *rope), rotate_pairs(key, *rope)
         # Autocast leaves the norm's output wider than the value.
-        heard = attention(query.to(value.dtype), key.to(value.dtype), value, mask)
+        heard = shared.attention(query.to(value.dtype), key.to(value.dtype), value)
         joined: Tensor = self.proj(rearrange(heard, "b n l d -> b l (n d)"))
         return joined
 
@@ -197,7 +206,7 @@ class MultiHeadCrossAttention(nn.Module):
         key, value = rearrange(self.kv_linear(text.tokens), "l (two n d) -> two l n d", two=2, n=self.heads)
         lengths = [len(query) // len(x)] * len(x)
         heard = packed_attention(query, key, value, lengths, text.lengths)
-        joined: Tensor = self.proj(heard.reshape(x.shape))
+        joined: Tensor = self.proj(heard.reshape(*x.shape[:-1], -1))
         return joined
 
 

@@ -1,7 +1,8 @@
 """Windowed 3-D attention and 3-D rotary positions of Open-Sora 1.3 (om/layers/blocks.py, 1.3).
 
 Letters: B batch, H W T the grid of tokens (in this order, T fastest, as the release lays windows out), h w t the
-window, M windows of one sample, N = h w t tokens of a window, D width of the network, K head size.
+window, M windows of one sample, N = h w t tokens of a window, S = H W or this rank's share of them, D width of the
+network, n heads, K head size.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ml.models.stdit_layers import Attention, Grid, Rope, RotaryTime
+from ml.models.attention import attention
+from ml.models.rope import rotate_pairs
+from ml.models.sequence import HERE, Shared
+from ml.models.stdit_layers import Grid, Projections, Rope, RotaryTime
 
 WHOLE = -1
 AXES = 3
@@ -70,9 +74,10 @@ class Windows:
         return dict(zip(("h", "w", "t", "nh", "nw", "nt"), (*self.size, *self.counts), strict=True))
 
 
-class WindowAttention(Attention):
+class WindowAttention(Projections):
     """Self-attention within windows of `kernel_size` (H, W, T; -1 = the whole axis), under the names of `Attention`.
 
+    A window lies across the shares of several ranks, so every rank attends in all windows with some of the heads.
     Windows are never shifted: the original has a switch for it that no released network sets. Raises WindowError for a
     window that is neither -1 nor positive.
     """
@@ -85,16 +90,34 @@ class WindowAttention(Attention):
             )
         self.kernel_size = kernel_size
 
-    def forward(self, x: Tensor, rope: Rope | None = None, mask: Tensor | None = None) -> Tensor:
-        """[B,H,W,T,D] -> the same shape; `rope` [N,K/2] twice (`grid_rope` of the window).
+    def forward(
+        self, x: Tensor, grid: Grid, rope: Rope | None = None, mask: Tensor | None = None, shared: Shared = HERE
+    ) -> Tensor:
+        """[B,T,S,D] -> the same shape; grid (T, H, W) over all ranks, `rope` [N,K/2] twice (`grid_rope` of the window).
 
         `mask` [M,1,1,N] is that of `Windows.mask`, which is made here when it is not given.
         """
-        windows = Windows.cut(_grid(x), self.kernel_size)
+        frames, height, width = grid
+        windows = Windows.cut((height, width, frames), self.kernel_size)
         mask = windows.mask(x) if mask is None else mask
+        packed = rearrange(self.qkv(x), "b t s (three n k) -> (three b t) n s k", three=3, n=self.heads)
+        volume = rearrange(shared.to_heads(packed), "(b t) n (h w) k -> b h w t (n k)", t=frames, h=height)
+        heard = self._within(windows.split(volume), packed.shape[-1], rope, mask)
+        parts = rearrange(windows.join(heard), "b h w t (n k) -> (b t) n (h w) k", k=packed.shape[-1])
+        joined: Tensor = self.proj(rearrange(shared.to_tokens(parts), "(b t) n s k -> b t s (n k)", t=frames))
+        return joined
+
+    def _within(self, packed: Tensor, head_size: int, rope: Rope | None, mask: Tensor | None) -> Tensor:
+        """Queries, keys and values of windows one after the other, [3 B M,N,n K] -> what is heard, [B M,N,n K]."""
+        query, key, value = rearrange(packed, "(three m) l (n k) -> three m n l k", three=3, k=head_size)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rope is not None:
+            query, key = rotate_pairs(query, *rope), rotate_pairs(key, *rope)
         if mask is not None:
-            mask = mask.repeat(x.shape[0], 1, 1, 1)
-        return windows.join(super().forward(windows.split(x), rope, mask))
+            mask = mask.repeat(len(query) // len(mask), 1, 1, 1)
+        # Autocast leaves the norm's output wider than the value.
+        heard = attention(query.to(value.dtype), key.to(value.dtype), value, mask)
+        return rearrange(heard, "m n l k -> m l (n k)")
 
 
 def grid_rope(rope: RotaryTime, grid: Grid, scale: float) -> Rope:
@@ -126,8 +149,3 @@ def _spread(grid: Grid, along_t: Tensor, along_h: Tensor, along_w: Tensor) -> Te
     """Values of every position of the three axes, [T,k], [H,k] and [W,k], side by side for every token: [H W T,3 k]."""
     parts = (along_t[None, None], along_h[:, None, None], along_w[None, :, None])
     return torch.cat([part.expand(*grid, -1) for part in parts], dim=-1).flatten(0, 2)
-
-
-def _grid(x: Tensor) -> Grid:
-    _, height, width, frames, _ = x.shape
-    return height, width, frames

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.optim import AdamW
 
 from ml.engines.protocol import Engine
@@ -48,16 +47,12 @@ class Adversary:
         return logits
 
     def learn(self, real: Tensor, fake: Tensor, engine: Engine) -> float:
-        """One update to tell the two apart, with the gradients of all data ranks; returns the loss before it."""
+        """One update to tell the two apart, with the mean gradient of all ranks; returns the loss before it."""
         self._place(real.device)
         loss = discriminator_hinge(self.network(real), self.network(fake))
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = list(self.network.parameters())
-        if engine.data_size > 1:
-            for parameter in parameters:
-                gradient = _present(parameter)
-                dist.all_reduce(gradient)
-                gradient.div_(engine.data_size)
+        engine.average([_present(parameter) for parameter in parameters])
         nn.utils.clip_grad_norm_(parameters, self.section.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -16,6 +16,7 @@ COLUMNS = (
     "examples_per_second",
     "tokens_per_second",
     "data_wait_share",
+    "mfu",
     "seconds",
     "examples",
     "tokens",
@@ -34,7 +35,7 @@ class LossLog:
         kept.to_csv(partial, index=False)
         partial.replace(path)
         self._stream: TextIO = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._stream, COLUMNS)
+        self._writer = csv.DictWriter(self._stream, COLUMNS, extrasaction="ignore")
 
     def add(self, row: Mapping[str, object]) -> None:
         """Append one step; floats keep all their digits, so that a resumed run can be compared with a straight one."""
@@ -61,7 +62,11 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def edge_losses(frame: pd.DataFrame) -> tuple[float, float]:
-    """Mean loss of the first and of the last tenth of the steps, 20 steps at most: single steps are too noisy."""
+    """Mean loss of the first and of the last tenth of the steps, 20 steps at most: single steps are too noisy.
+
+    Steps whose loss was not finite are left out, here and in the picture.
+    """
+    frame = frame.dropna(subset=["loss"])
     number = max(1, min(20, len(frame) // 10))
     return float(frame["loss"].head(number).mean()), float(frame["loss"].tail(number).mean())
 
@@ -86,6 +91,7 @@ def plot_losses(frame: pd.DataFrame, title: str, path: Path) -> Path:
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 5.5), sharex=True, height_ratios=[3, 1], layout="constrained"
     )
+    frame = frame.dropna(subset=["loss", "grad_norm"])
     steps, loss = frame["step"].to_numpy(), frame["loss"].to_numpy()
     top.plot(steps, loss, ".", color="0.7", markersize=3, label="each step")
     top.plot(steps, smooth(loss), color="tab:blue", linewidth=2, label="smoothed")

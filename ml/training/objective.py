@@ -5,7 +5,7 @@ from ml.diffusion.process import build_process
 from ml.models.inputs import Denoiser, Text
 from ml.recipe import Recipe
 from ml.sections import Stage
-from ml.training.step import Denoising, Dropping
+from ml.training.step import Denoising, Dropping, Geometry
 
 
 def denoising(recipe: Recipe, stage: Stage, network: Denoiser, empty: Text) -> Denoising:
@@ -14,7 +14,8 @@ def denoising(recipe: Recipe, stage: Stage, network: Denoiser, empty: Text) -> D
     dropping = Dropping(section.drop_context, section.drop_pooled, *null_text(network, empty))
     causal = recipe.autoencoder.law != "group"
     conditioner = Conditioner(recipe.model.conditioning, stage.conditions, section, causal)
-    return Denoising(build_process(section), network, conditioner, dropping, recipe.strides)
+    geometry = Geometry(recipe.strides, recipe.network)
+    return Denoising(build_process(section), network, conditioner, dropping, geometry)
 
 
 def null_text(network: Denoiser, empty: Text) -> tuple[Text, bool]:

@@ -30,10 +30,12 @@ def stage_plan(recipe: Recipe, stage: Stage, out: Path) -> Plan:
         identity=_identity(recipe, stage, sections),
         seed=_seed(recipe, stage),
         steps=stage.steps,
-        accumulate=stage.engine.accumulate,
         checkpoint_every=stage.checkpoint_every,
         keep_checkpoints=stage.keep_checkpoints,
         ema_decay=stage.ema_decay,
+        engine=stage.engine,
+        guard=stage.guard,
+        hang_seconds=stage.survival.hang_seconds,
     )
 
 
@@ -45,10 +47,12 @@ def autoencoder_plan(recipe: Recipe, stage: AutoencoderStage, out: Path) -> Plan
         identity=_identity(recipe, stage, recipe.digest("seed"), network),
         seed=_seed(recipe, stage),
         steps=stage.steps,
-        accumulate=stage.engine.accumulate,
         checkpoint_every=stage.checkpoint_every,
         keep_checkpoints=stage.keep_checkpoints,
         ema_decay=stage.ema_decay,
+        engine=stage.engine,
+        guard=stage.guard,
+        hang_seconds=stage.survival.hang_seconds,
     )
 
 

@@ -5,7 +5,8 @@ how noise is added and what is learned of it, and which frames the network is gi
 channels, t h w latent grid (the time of the process is `times`), S text tokens, P pooled width.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -13,7 +14,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ml.architectures import Model
 from ml.batching.datasets import LatentBatch
+from ml.counts import block_flops
 from ml.diffusion.draws import Conditioner, Draw, Ends
 from ml.diffusion.process import Process, Shape
 from ml.engines.protocol import Engine
@@ -25,23 +28,34 @@ Data = TypeVar("Data", contravariant=True)
 
 @dataclass(frozen=True)
 class Loss:
-    """The mean loss of a batch (to go backward from), how much data it came from, and its terms, for the log."""
+    """The mean loss of a batch (to go backward from), how much data it came from, and its terms, for the log.
+
+    `flops` are the model FLOPs of forward and backward (`ml.plan`), 0 where nobody counts them.
+    """
 
     value: Tensor
     examples: int
     tokens: int
     terms: Mapping[str, float] = field(default_factory=dict)
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did: mean loss over its micro-batches, gradient norm before clipping, data it consumed, terms."""
+    """What a step did on all ranks: mean loss over its micro-batches, gradient norm before clipping, data consumed.
+
+    `terms` are this rank's. `updated` is False when a loss or the gradient was not finite, and nothing was learned;
+    `asked` is True when any rank was asked to stop.
+    """
 
     loss: float
     grad_norm: float
     examples: int
     tokens: int
     terms: Mapping[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+    updated: bool = True
+    asked: bool = False
 
 
 class Objective(Protocol[Data]):
@@ -68,23 +82,44 @@ class Objective(Protocol[Data]):
 
 
 def take_step(
-    engine: Engine, objective: Objective[Data], micro_batches: Sequence[Data], generator: torch.Generator
+    engine: Engine,
+    objective: Objective[Data],
+    micro_batches: Sequence[Data],
+    generators: Sequence[torch.Generator],
+    asked: Callable[[], bool] = lambda: False,
 ) -> StepReport:
-    """Forward and backward of every micro-batch, then one update."""
+    """Forward and backward of every micro-batch, each with the generator of its own random numbers; then one update.
+
+    `asked` says whether this rank was asked to stop; the report says whether any was, so that all stop at the same
+    step.
+    """
     losses = []
-    for index, data in enumerate(micro_batches):
+    for index, (data, generator) in enumerate(zip(micro_batches, generators, strict=True)):
+        # Whatever draws from torch's global generator is as repeatable as what draws from ours.
+        torch.manual_seed(generator.initial_seed())
         with engine.accumulate(last=index == len(micro_batches) - 1):
             loss = objective.loss(engine, data, generator)
             engine.backward(loss.value / len(micro_batches))
         losses.append(loss)
-    grad_norm = engine.step()
-    names = {name for loss in losses for name in loss.terms}
+    mean = _mean([float(loss.value.detach()) for loss in losses])
+    summed = [sum(getattr(loss, name) for loss in losses) for name in ("examples", "tokens", "flops")]
+    whole, examples, tokens, flops, stops = engine.total([mean, *summed, float(asked())])
+    # Ranks that share a batch each counted it.
+    sharing = engine.size // engine.data_size
+    finite = math.isfinite(whole)
+    if not finite:
+        engine.discard()
+    grad_norm = engine.step() if finite else math.nan
+    names = {name for one in losses for name in one.terms}
     return StepReport(
-        loss=sum(float(loss.value.detach()) for loss in losses) / len(losses),
+        loss=whole / engine.size,
         grad_norm=grad_norm,
-        examples=sum(loss.examples for loss in losses),
-        tokens=sum(loss.tokens for loss in losses),
-        terms={name: _mean([loss.terms[name] for loss in losses if name in loss.terms]) for name in sorted(names)},
+        examples=round(examples / sharing),
+        tokens=round(tokens / sharing),
+        terms={name: _mean([one.terms[name] for one in losses if name in one.terms]) for name in sorted(names)},
+        flops=flops / sharing,
+        updated=math.isfinite(grad_norm),
+        asked=stops > 0,
     )
 
 
@@ -115,19 +150,32 @@ class Dropping:
         )
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """What a batch costs: the strides that make tokens of pixels, and the network whose work is counted."""
+
+    strides: Strides
+    model: Model
+
+    def train_flops(self, data: LatentBatch) -> float:
+        """Model FLOPs of forward and backward over one sample of a batch; a backward pass counts as two forwards."""
+        frames, height, width = data.latents.shape[2:]
+        return 3.0 * block_flops(self.model, (frames, height, width), data.text.context.shape[1])
+
+
 class Denoising(Objective[LatentBatch]):
     """A batch of latents is noised and the network says what it should of it; given frames and dropped texts drawn."""
 
     def __init__(
-        self, process: Process, network: Denoiser, conditioner: Conditioner, dropping: Dropping, strides: Strides
+        self, process: Process, network: Denoiser, conditioner: Conditioner, dropping: Dropping, geometry: Geometry
     ) -> None:
         self.process, self.network, self.conditioner = process, network, conditioner
-        self.dropping, self.strides = dropping, strides
+        self.dropping, self.geometry = dropping, geometry
 
     def loss(self, engine: Engine, data: LatentBatch, generator: torch.Generator) -> Loss:
         """Mean loss over a batch of latents [B,C,t,h,w]."""
-        latents = data.latents.to(engine.device)
-        shape = shape_of(data, self.strides)
+        latents = data.latents.to(engine.device, non_blocking=True)
+        shape = shape_of(data, self.geometry.strides)
         times = self.process.draw(len(latents), shape, generator)
         noise = torch.randn(latents.shape, generator=generator, device=engine.device)
         drawn = self.conditioner.draw(
@@ -135,11 +183,12 @@ class Denoising(Objective[LatentBatch]):
         )
         text = self.dropping.apply(data.text, generator, drawn.drop_text)
         inputs = inputs_of(data, text.to(engine.device, engine.dtype), drawn, engine)
-        shown = latents if data.damaged is None else data.damaged.to(engine.device)
+        shown = latents if data.damaged is None else data.damaged.to(engine.device, non_blocking=True)
         noisy = self.process.noisy(shown, noise, times, inputs.active).to(engine.dtype)
         output = denoise(engine.model, self.network, noisy, self.process.network_time(times), inputs)
         value = self.process.losses(output.float(), latents, noise, times, drawn.weights).mean()
-        return Loss(value, len(latents), len(latents) * shape.tokens_per_frame * shape.latent_frames)
+        tokens, flops = shape.tokens_per_frame * shape.latent_frames, self.geometry.train_flops(data)
+        return Loss(value, len(latents), len(latents) * tokens, flops=len(latents) * flops)
 
 
 def shape_of(data: LatentBatch, strides: Strides) -> Shape:
@@ -170,7 +219,7 @@ def inputs_of(data: LatentBatch, text: Text, drawn: Draw, engine: Engine) -> Inp
 
 
 def _moved(tensor: Tensor | None, engine: Engine) -> Tensor | None:
-    return None if tensor is None else tensor.to(engine.device)
+    return None if tensor is None else tensor.to(engine.device, non_blocking=True)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -158,3 +158,23 @@ def test_work_that_leaves_no_result_is_an_error(runner: Runner, tiny_recipe: Rec
 
 def test_the_commit_of_the_code_is_known() -> None:
     assert commit() != "unknown" or not (Path(__file__).parents[2] / ".git").exists()
+
+
+def test_a_training_starts_its_processes_and_comes_back_as_its_stage_says(runner: Runner, tiny_recipe: Recipe) -> None:
+    document = tiny_recipe.model_dump(mode="json")
+    document["stages"][0]["compute"].update(processes=2, nodes=3)
+    document["stages"][0]["survival"].update(retries=5)
+    recipe = Recipe.validate_document(document, "changed")
+    for op, module, expected in (("stage", "ml.train", (2, 5)), ("samples", "ml.sample", (1, 0))):
+        work = Entry(module, op, recipe.stages[0].compute)
+        made = step(recipe, "dit_stage1", work, options={"stage": "stage1"})
+        (out := runner.walk.workspace.root / op).mkdir()
+        task = runner._task(made, work, "", out, {"latents": (out,)})
+        assert (task.processes, task.retries) == expected
+        assert f"latents={out}" in task.arguments
+        assert "stage=stage1" in task.arguments
+
+
+def test_only_tasks_run_outside_the_walk(runner: Runner, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(StepError, match="only a task runs outside the walk"):
+        runner.once(step(tiny_recipe, "one", Function(write)), tmp_path, {})

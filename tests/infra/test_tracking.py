@@ -46,6 +46,19 @@ def test_a_run_from_open_to_close(tracker: Tracker) -> None:
     assert closed.ended >= closed.started
 
 
+def test_a_closed_run_can_be_opened_again(tracker: Tracker, run_id: str) -> None:
+    tracker.close(run_id, Status.FAILED)
+    tracker.reopen(run_id)
+    assert tracker.get(run_id).status == "RUNNING"
+    tracker.close(run_id)
+    assert tracker.get(run_id).status == "FINISHED"
+
+
+def test_a_run_with_a_parent_is_shown_below_it(tracker: Tracker, run_id: str) -> None:
+    child = tracker.open("e", "child", {Tag.PARENT: run_id})
+    assert [run.run_id for run in tracker.runs(filter=f"tags.mlflow.parentRunId = '{run_id}'")] == [child]
+
+
 def test_a_status_that_mlflow_does_not_know_is_refused(tracker: Tracker, run_id: str) -> None:
     with pytest.raises(TrackingError, match="SUCCESS"):
         tracker.close(run_id, "SUCCESS")

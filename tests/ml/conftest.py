@@ -159,29 +159,35 @@ def make_latents(tmp_path_factory: pytest.TempPathFactory) -> MakeLatents:
     them. Prompts have one to all of the text's tokens.
     """
     import torch
-    from safetensors.torch import save_file
+
+    from ml.batching.shards import checksum, write_shard
 
     def make(recipe: Recipe) -> Path:
         folder = tmp_path_factory.mktemp("latents")
         generator = torch.Generator().manual_seed(0)
         channels, text, video = recipe.autoencoder.latent_channels, recipe.text, recipe.sampling.frames
         ends = ("head", "tail") if recipe.model.conditioning in ("channels", "embed") else ()
-        rows, tensors, texts = [], {}, {}
+        rows, entries, texts = [], {}, {}
         for index in range(10):
             clip_id = f"clip{index}"
             for frames in (1, video):
                 key = f"{clip_id}/48x80/48x80/{frames}"
                 length = recipe.strides.latent_frames(frames)
-                tensors[key] = torch.randn(channels, length, 6, 10, generator=generator)
+                entries[key] = {key: torch.randn(channels, length, 6, 10, generator=generator)}
                 for end in ends if frames > 1 else ():
-                    tensors[f"{key}/{end}"] = torch.randn(channels, 1, 6, 10, generator=generator)
-                rows.append({"key": key, "clip_id": clip_id, "frames": frames, "fps": 12.0 - index / 10})
+                    entries[key][f"{key}/{end}"] = torch.randn(channels, 1, 6, 10, generator=generator)
+                crc32 = checksum(entries[key].values())
+                rows.append(
+                    {"key": key, "clip_id": clip_id, "frames": frames, "fps": 12.0 - index / 10, "crc32": crc32}
+                )
         for index, name in enumerate(("null", *(f"clip{index}" for index in range(10)))):
-            texts[f"{name}/context"] = torch.randn(text.max_tokens, text.context_dim, generator=generator)
-            texts[f"{name}/pooled"] = torch.randn(text.pooled_dim, generator=generator)
-            texts[f"{name}/mask"] = torch.arange(text.max_tokens) <= index % text.max_tokens
-        save_file(tensors, folder / "latents-00000.safetensors")
-        save_file(texts, folder / "text.safetensors")
+            texts[name] = {
+                f"{name}/context": torch.randn(text.max_tokens, text.context_dim, generator=generator),
+                f"{name}/pooled": torch.randn(text.pooled_dim, generator=generator),
+                f"{name}/mask": torch.arange(text.max_tokens) <= index % text.max_tokens,
+            }
+        write_shard(folder / "latents-00000.safetensors", entries, "drawn")
+        write_shard(folder / "text.safetensors", texts, "drawn")
         frame = pd.DataFrame(rows).assign(
             split=lambda rows: ["holdout" if i in ("clip2", "clip5", "clip9") else "train" for i in rows["clip_id"]],
             tiers="base",

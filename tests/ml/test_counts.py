@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ml import architectures as a
-from ml.counts import block_flops, forward_flops, parameters, recomputed_fraction, token_grid
+from ml.counts import block_flops, block_parameters, forward_flops, parameters, recomputed_fraction, token_grid
 from ml.models.inputs import Inputs, Text
 from ml.models.networks import build_network, num_parameters
 from ml.recipe import Recipe, available
@@ -179,3 +179,15 @@ def counted(config: a.Model, grid: tuple[int, int, int], num_text: int) -> int:
 
 def _to_meta(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(arg.to("meta") for arg in args)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_blocks_hold_what_is_not_at_the_ends(name: str) -> None:
+    config, _ = RELEASED[name]
+    network = built(config)
+    kinds = ("double_blocks", "single_blocks") if isinstance(config, a.MMDiT) else ("blocks",)
+    if isinstance(config, a.STDiT3):
+        pair = sum(num_parameters(network.get_submodule(f"{kind}_blocks.0")) for kind in ("spatial", "temporal"))
+        assert block_parameters(config) == (pair,)
+    else:
+        assert block_parameters(config) == tuple(num_parameters(network.get_submodule(f"{k}.0")) for k in kinds)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from ml.architectures import Latent
 from ml.batching.buckets import Bucketing
 from ml.batching.datasets import ClipDataset, LatentDataset, to_video
-from ml.encode import EncodeError, captions_of, encode_latents, parts, plan_items, same_shape
+from ml.batching.encoding import captions_of
+from ml.encode import EncodeError, clips_of, encode_latents, parts, plan_items, same_shape
 from ml.entry import Call
 from ml.manifest import LATENTS
 from ml.models.autoencoders.registry import build_autoencoder, load_autoencoder, save_autoencoder
@@ -167,7 +168,7 @@ def test_another_autoencoder_makes_its_own_shards(call: Call, recipe: Recipe, tm
 def test_neighbours_of_one_shape_are_encoded_together(
     recipe: Recipe, clips: ClipDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ml.encode.BATCH_PIXELS", 3 * 5 * 48 * 80)
+    monkeypatch.setattr("ml.batching.encoding.BATCH_PIXELS", 3 * 5 * 48 * 80)
     items = plan_items(recipe, clips)
     groups = list(same_shape(items))
     assert [item for group in groups for item in group] == items
@@ -246,11 +247,11 @@ def test_captions_of_2_0_end_with_their_clips_frame_rate(
 ) -> None:
     """As `ml/score_text.py` writes it in prompts, without a motion score; other generations add nothing."""
     plain = make_recipe(sampling={"score": {"style": "none", "motion": None}})
-    items = plan_items(recipe, clips)
-    bare = captions_of(plain, items, clips.bucketing)
+    found = clips_of(plan_items(recipe, clips))
+    bare = captions_of(plain, found, clips.bucketing)
     assert bare == {clip_id: clip.caption for clip_id, clip in clips.clips.items()}
-    assert captions_of(recipe, items, clips.bucketing) == {name: f"{text}. 12 FPS." for name, text in bare.items()}
-    slow = captions_of(recipe, items, replace(clips.bucketing, fps_max=5))
+    assert captions_of(recipe, found, clips.bucketing) == {name: f"{text}. 12 FPS." for name, text in bare.items()}
+    slow = captions_of(recipe, found, replace(clips.bucketing, fps_max=5))
     assert set(slow.values()) == {f"{text}. 4 FPS." for text in bare.values()}
     asked = with_scores("a wave", recipe.sampling.score, recipe.sampling.fps)
     assert asked == "a wave. 12 FPS.", "the smallest profile asks for nothing that its captions never said"

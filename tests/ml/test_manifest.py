@@ -79,7 +79,7 @@ def test_latents_say_where_they_lie_and_how_fast_their_clips_run() -> None:
         "fps": "float",
     }.items() <= kinds.items()
     row = {"key": "c/48x80/48x80/5", "clip_id": "c", "split": "train", "tiers": "base", "resolution": "48x80"}
-    rest = {"height": 48, "width": 80, "frames": 5, "shard": "latents-00000.safetensors"}
+    rest = {"height": 48, "width": 80, "frames": 5, "shard": "latents-00000.safetensors", "crc32": 7}
     with pytest.raises(ManifestError, match=r"missing column.*fps"):
         LATENTS.conform(pd.DataFrame([{**row, **rest}]))
     assert LATENTS.conform(pd.DataFrame([{**row, **rest, "fps": 12}]))["fps"].dtype == "float64"

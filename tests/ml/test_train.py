@@ -17,11 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from infra.compute.task import PREEMPTED
 from infra.tracking import RunLog
 from ml.entry import Call
 from ml.models.weights import CheckpointMismatch, read_card
 from ml.recipe import Recipe
-from ml.train import PREEMPTED, main, train_autoencoder, train_stage
+from ml.train import main, train_autoencoder, train_stage
+from ml.training import consumed
 from ml.training.curves import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,8 +82,12 @@ def test_kill_9_loses_nothing(long: Recipe, latents: Path, tmp_path: Path) -> No
     assert logs[0]["loss"].tolist() == logs[1]["loss"].tolist()
     assert logs[1]["step"].tolist() == list(range(1, STEPS + 1))
     last = [folder / "checkpoints" / f"step-{STEPS:08d}" for folder in (tmp_path / "straight", out)]
-    for name in ("master.safetensors", "ema.safetensors", "consumed.json"):
+    files = sorted(path.name for path in last[0].glob("*.safetensors"))
+    assert [name.partition("-")[0] for name in files] == ["average", "masters", "moments", "random"]
+    for name in files:
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
+    ledgers = [consumed.read(folder / "consumed") for folder in (tmp_path / "straight", out)]
+    assert ledgers[0].equals(ledgers[1])
 
 
 @pytest.mark.slow
@@ -92,7 +98,7 @@ def test_a_preempted_process_saves_and_says_so(long: Recipe, latents: Path, tmp_
         wait_for(lambda: len(read_log(out / "loss.csv")) > 4, started)
         started.terminate()
         assert started.wait(timeout=60) == PREEMPTED
-        assert "preempted: asked to stop" in started.stderr.read()
+        assert "asked to stop (SIGTERM): saved step" in started.stderr.read()
     rows = read_log(out / "loss.csv")
     assert len(rows) < STEPS
     assert (out / "checkpoints" / f"step-{len(rows):08d}").is_dir()
@@ -116,7 +122,8 @@ def test_a_stage_leaves_weights_a_card_a_picture_and_numbers(
     assert result["facts"]["tail_batches"] == {"48x80/48x80/1": 1, "48x80/48x80/5": 1}
     card = read_card(call.out)
     assert (card.kind, card.origin.recipe, card.origin.stage) == ("mmdit", mini.id, "stage2")
-    average = load_file(call.out / "checkpoints" / "step-00000006" / "ema.safetensors")
+    assert result["facts"]["ledger_problems"] == []
+    average = load_file(call.out / "checkpoints" / "step-00000006" / "average-00000-of-00001.safetensors")
     exported = load_file(call.out / "weights.safetensors")
     assert all((average[name] == tensor).all() for name, tensor in exported.items())
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from assets.steps import StepError
 from assets.tasks import Watch
+from infra.ledger import Ledger
 from infra.registry import Registry
 from infra.settings import Settings
 from infra.tracking import Tracker
@@ -126,6 +127,10 @@ def test_imported_weights_are_sampled_without_any_training(
     assert request == {"prompt": "waves", "references": ["reference-0.mp4"], "mask_strategy": "0"}
     assert (led / "reference-0.mp4").read_bytes() == (tmp_path / "near" / "take.mp4").read_bytes()
     assert (plain / "videos" / "0-7.mp4").read_bytes() != (led / "videos" / "0-7.mp4").read_bytes()
+    billed = Ledger(session.runner.tracker).rows()
+    assert list(billed["purpose"]) == ["eval", "eval"]
+    assert set(billed["step"]) == {f"{session.recipe.id}/generated"}
+    assert (billed["cost_usd"] > 0).all()
 
 
 def test_what_is_not_there_is_refused_before_a_folder_is_made(

@@ -224,3 +224,103 @@ def test_the_record_of_an_end_is_whole(launcher: LocalLauncher, make_task: MakeT
 def test_the_handle_of_another_launcher_is_refused(launcher: LocalLauncher) -> None:
     with pytest.raises(ComputeError, match="skypilot"):
         launcher.poll(Handle("skypilot", {}))
+
+
+RANK = """
+import os, pathlib, signal, sys, time
+out, rank, how = pathlib.Path(sys.argv[2]), os.environ["RANK"], sys.argv[3]
+def save(*_):
+    time.sleep(float(how))
+    (out / f"saved-{rank}").touch()
+    sys.exit(75)
+signal.signal(signal.SIGUSR1 if how == "0" else signal.SIGTERM, save)
+if rank == "1" and how == "raise":
+    raise ValueError("no column")
+(out / f"pid-{rank}").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def two_ranks(make_task: MakeTask) -> Callable[[str], Task]:
+    """Factory `two_ranks(how)`: two ranks that wait; `how` is what they do when asked to stop, or that one fails."""
+
+    def make(how: str) -> Task:
+        task = make_task(key=f"ranks{how}")
+        (task.out.parents[2] / "rank_task.py").write_text(RANK, encoding="utf-8")
+        arguments = ("--out", str(task.out), how)
+        return replace(task, module="rank_task", arguments=arguments, processes=2, grace_seconds=30.0)
+
+    return make
+
+
+def ranks_of(task: Task) -> list[psutil.Process]:
+    """The two processes, once they work."""
+    files = [task.out / f"pid-{rank}" for rank in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not all(file.is_file() and file.read_text() for file in files):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.05)
+    return [psutil.Process(int(file.read_text())) for file in files]
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended; a zombie has."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_killed_rank_is_named(two_ranks: Callable[[str], Task]) -> None:
+    launcher = LocalLauncher()
+    handle = launcher.submit(task := two_ranks("1"), "run1", URI)
+    processes = ranks_of(task)
+    processes[1].kill()
+    state = ended(launcher, handle, 60)
+    assert (state.status, state.exit_code) == ("failed", -signal.SIGKILL)
+    assert state.reason == "rank 1 was killed by SIGKILL"
+    assert all(map(gone, processes))
+
+
+def test_a_rank_that_fails_by_itself_is_named_with_its_words_in_the_log(two_ranks: Callable[[str], Task]) -> None:
+    launcher = LocalLauncher()
+    state = ended(launcher, launcher.submit(task := two_ranks("raise"), "run1", URI), 60)
+    assert (state.status, state.exit_code, state.reason) == ("failed", 1, "rank 1 ended first, with exit code 1")
+    assert "ValueError: no column" in (task.out / "task.log").read_text()
+
+
+def test_ranks_have_the_whole_grace_to_save_their_place(two_ranks: Callable[[str], Task]) -> None:
+    launcher = LocalLauncher()
+    handle = launcher.submit(task := two_ranks("10"), "run1", URI)
+    ranks_of(task)
+    launcher.cancel(handle)
+    assert not launcher.poll(handle).running
+    assert sorted(file.name for file in task.out.glob("saved-*")) == ["saved-0", "saved-1"]
+
+
+def test_ranks_that_know_of_no_stop_end_by_the_signal(two_ranks: Callable[[str], Task]) -> None:
+    launcher = LocalLauncher()
+    handle = launcher.submit(task := two_ranks("0"), "run1", URI)
+    ranks_of(task)
+    launcher.cancel(handle)
+    state = launcher.poll(handle)
+    assert (state.status, state.exit_code) == ("failed", -signal.SIGTERM), "as a single process would"
+    assert state.reason == "torchrun was stopped by SIGTERM, and no rank saved its place"
+
+
+def test_slurms_notice_reaches_every_rank(two_ranks: Callable[[str], Task]) -> None:
+    launcher = LocalLauncher()
+    handle = launcher.submit(task := two_ranks("0"), "run1", URI)
+    ranks_of(task)
+    os.kill(handle.data["pid"], signal.SIGUSR1)
+    ended(launcher, handle, 60)
+    assert sorted(file.name for file in task.out.glob("saved-*")) == ["saved-0", "saved-1"]
+
+
+def test_ranks_do_not_outlive_a_supervisor_and_a_torchrun_that_were_killed(two_ranks: Callable[[str], Task]) -> None:
+    launcher = LocalLauncher()
+    handle = launcher.submit(task := two_ranks("1"), "run1", URI)
+    processes = ranks_of(task)
+    torchrun = child_of(handle)
+    os.kill(handle.data["pid"], signal.SIGKILL)
+    torchrun.kill()
+    assert ended(launcher, handle).status == "lost"
+    assert all(map(gone, processes))

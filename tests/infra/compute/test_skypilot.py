@@ -43,7 +43,10 @@ def sky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def task_of(compute: Compute, out: Path, module: str = "ml.train") -> Task:
     """A task as the assets make it."""
     resources = Resources(compute.accelerators, compute.nodes, compute.price, compute.infra, compute.use_spot)
-    return Task("v2_0-paper/dit_stage1", module, ("stage", "--out", str(out)), out, resources, "headline", "v2_0-paper")
+    arguments, processes = ("stage", "--out", str(out)), compute.ranks // compute.nodes
+    return Task(
+        "v2_0-paper/dit_stage1", module, arguments, out, resources, "headline", "v2_0-paper", processes=processes
+    )
 
 
 def accepted(sky: Any, launcher: SkyPilotLauncher, task: Task) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def test_paper_stages_are_understood(sky: Any, tmp_path: Path, name: str) -> Non
     assert config["resources"]["autostop"] == {"idle_minutes": 10, "down": True}
     assert TELEMETRY_OFF.items() <= config["envs"].items()
     assert "-m torch.distributed.run" in config["run"]
-    assert "--nproc-per-node 8" in config["run"]
+    assert "--nproc-per-node 8 --max-restarts 0" in config["run"]
     assert f"-m ml.train stage --out {tmp_path} --run-id {RUN} --tracking-uri {URI}" in config["run"]
     assert "environments/train.txt" in config["setup"]
 
@@ -184,7 +187,7 @@ class Stub:
 def polled(monkeypatch: pytest.MonkeyPatch, stub: Stub, data: Mapping[str, Any] | None = None) -> tuple[str, str]:
     """Status and tail that a poll gives against a stub."""
     monkeypatch.setattr("infra.compute.skypilot._sky", lambda: stub)
-    known = {"cluster": "c", "managed": False, "started": 1.0, "out": "/nowhere", "request": "r"}
+    known = {"cluster": "c", "run_id": RUN, "managed": False, "started": 1.0, "out": "/nowhere", "request": "r"}
     state = SkyPilotLauncher().poll(Handle("skypilot", {**known, **(data or {})}))
     return state.status, state.tail
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.compute.local import ROOT
-from infra.compute.supervise import BUSY, main
+from infra.compute.supervise import BUSY, main, ranks
 
 
 def supervised(out: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -72,3 +72,24 @@ def test_a_taken_folder_is_refused_before_anything_starts(
     finally:
         subprocess.run(["kill", str(json.loads((tmp_path / "attempt.json").read_text())["pid"])], check=True)
     assert record_of(tmp_path)["run_id"] == "run1"
+
+
+def test_what_left_the_group_is_found_by_its_run_and_folder_and_stopped(tmp_path: Path) -> None:
+    child = (
+        "import subprocess, sys, time\n"
+        "words = ['-c', 'import time; time.sleep(60)', '--out', sys.argv[1], '--run-id', 'run1']\n"
+        "subprocess.Popen([sys.executable, *words], start_new_session=True)\n"
+        "time.sleep(1)\n"
+    )
+    command = [sys.executable, "-c", child, str(tmp_path)]
+    supervised(tmp_path, *command)
+    deadline = time.monotonic() + 30
+    while not (found := ranks(tmp_path, "run1")):
+        assert time.monotonic() < deadline, "the child did not start"
+        time.sleep(0.02)
+    assert ranks(tmp_path, "run2") == ranks(tmp_path / "another", "run1") == []
+    assert record_of(tmp_path)["exit_code"] == 0
+    assert len(found) == 1
+    while ranks(tmp_path, "run1"):
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.02)

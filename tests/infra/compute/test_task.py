@@ -1,5 +1,6 @@
 """Tasks, handles and states."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,18 @@ def test_a_command_logs_to_its_run(tmp_path: Path) -> None:
     assert command[-4:] == ("--run-id", "r1", "--tracking-uri", "sqlite:///x")
     assert task.key == "key"
     assert not task.finished
+
+
+def test_several_processes_are_ranks_of_torchrun(tmp_path: Path) -> None:
+    resources = Resources("CPU:2", 1, "cpu-assume-2026")
+    task = Task("a/b", "ml.train", ("stage",), tmp_path / "key", resources, "headline", "exp", processes=2)
+    command = task.command("python", "r1", "sqlite:///x")
+    assert command[:7] == ("python", "-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc-per-node")
+    assert command[command.index("--max-restarts") + 1] == "0"
+    assert command[-7:] == ("-m", "ml.train", "stage", "--run-id", "r1", "--tracking-uri", "sqlite:///x")
+    assert int(command[command.index("--shutdown-timeout") + 1]) < task.grace_seconds
+    with pytest.raises(ComputeError, match="at least one on each node"):
+        replace(task, processes=0)
 
 
 def test_a_state_has_one_of_five_words() -> None:

@@ -1,13 +1,17 @@
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from ml.batching.buckets import Bucketing, Cell
 from ml.batching.datasets import (
     AutoencoderClips,
+    ClipBatches,
     ClipDataset,
     DatasetError,
     LatentDataset,
@@ -67,6 +71,67 @@ def test_latents_of_another_stage_or_an_unfinished_folder_are_refused(latents: P
         LatentDataset(latents).groups("train", "stage9")
     with pytest.raises(ManifestError, match="has not finished"):
         LatentDataset(tmp_path)
+
+
+def test_a_damaged_shard_is_named_with_the_key_and_the_step_to_make_again(latents: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    data = LatentDataset(folder)
+    whole, key = data.load(["clip1/48x80/48x80/5"]), "clip1/48x80/48x80/5"
+    raw = bytearray((folder / "latents-00000.safetensors").read_bytes())
+    pattern = whole.latents[0].numpy().tobytes()
+    raw[raw.find(pattern) + 10] ^= 4
+    (folder / "latents-00000.safetensors").write_bytes(raw)
+    with pytest.raises(DatasetError, match=rf"latents-00000\.safetensors, {key}: .*is damaged.*the step `latents`"):
+        LatentDataset(folder).load(["clip1/48x80/48x80/5"])
+    assert torch.equal(LatentDataset(folder).load(["clip0/48x80/48x80/5"]).fps, torch.tensor([12.0]))
+    words = bytearray((folder / "text.safetensors").read_bytes())
+    words[words.find(whole.text.context[0].numpy().tobytes())] ^= 1
+    (folder / "text.safetensors").write_bytes(words)
+    with pytest.raises(DatasetError, match=r"text\.safetensors, clip1: .*is damaged"):
+        LatentDataset(folder).text(["clip1"])
+
+
+def test_a_shard_of_another_encoding_is_found_out_by_the_table(latents: Path, tmp_path: Path) -> None:
+    """A file that is whole in itself, but not the one that the table was written with."""
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    table = pd.read_parquet(folder / "latents.parquet")
+    table.loc[table["key"] == "clip1/48x80/48x80/5", "crc32"] ^= 1
+    table.to_parquet(folder / "latents.parquet")
+    with pytest.raises(DatasetError, match="clip1/48x80/48x80/5: the file is damaged"):
+        LatentDataset(folder).load(["clip1/48x80/48x80/5"])
+
+
+def test_latents_without_checksums_are_to_be_made_again(latents: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(latents, tmp_path / "latents")
+    pd.read_parquet(folder / "latents.parquet").drop(columns="crc32").to_parquet(folder / "latents.parquet")
+    with pytest.raises(DatasetError, match="have no checksums; make the step `latents` again"):
+        LatentDataset(folder)
+
+
+def test_datasets_go_to_another_process_without_files_and_frames(latents: Path, footage: Any) -> None:
+    data = LatentDataset(latents)
+    wanted = data.load(["clip1/48x80/48x80/5"])
+    sent = pickle.loads(pickle.dumps(data))
+    assert torch.equal(sent.load(["clip1/48x80/48x80/5"]).latents, wanted.latents)
+    clips = ClipDataset(footage.dataset, footage.workspace, RULE)
+    empty = len(pickle.dumps(clips))
+    clip_id = clips.of("train")[0].footage.clip_id
+    frames = clips.read(clip_id, Size(48, 80), 4)
+    assert len(pickle.dumps(clips)) == empty
+    assert np.array_equal(pickle.loads(pickle.dumps(clips)).read(clip_id, Size(48, 80), 4), frames)
+
+
+def test_a_stage_reads_clips_by_its_buckets(footage: Any, mini: Recipe) -> None:
+    stage = mini.stage("stage1")
+    clips = ClipBatches(ClipDataset(footage.dataset, footage.workspace, RULE), stage, 5)
+    groups = clips.groups()
+    assert {(str(cell), len(ids)) for cell, ids in groups.items()} == {("48x80/48x80/1", 6), ("48x80/48x80/5", 6)}
+    for cell, ids in groups.items():
+        batch = Batch(cell, tuple(ids[:2]), Position(0, 4))
+        found = clips.load(batch)
+        assert found.frames.shape == (2, cell.frames, 48, 80, 3)
+        assert found.frames.dtype == torch.uint8
+        assert (found.ids, found.fps.tolist(), found.batch) == (batch.ids, [12.0, 12.0], batch)
 
 
 def test_clips_are_read_at_the_training_rate_and_shape(footage: Any) -> None:

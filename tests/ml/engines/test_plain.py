@@ -1,17 +1,17 @@
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from ml.engines.plain import PlainEngine, device_of, make_engine
-from ml.engines.protocol import EngineError
-from ml.sections import Adam, Compute, Engine
+from ml.engines.plain import PlainEngine, share_out
+from ml.engines.protocol import EngineError, Moments
+from ml.sections import Adam
 from ml.training.optim import adamw, schedule
 
 ADAM = Adam(lr=1e-2, eps=1e-8, betas=(0.9, 0.999), weight_decay=0.01, warmup_steps=3)
-SECTION = {"kind": "plain", "precision": "fp32", "grad_clip": 1.0, "accumulate": 1, "sequence_parallel": 1}
 CPU = torch.device("cpu")
 
 
@@ -38,12 +38,12 @@ def train(made: PlainEngine, steps: range) -> list[float]:
     return norms
 
 
-def compute(accelerators: str, nodes: int = 1) -> Compute:
-    return Compute(accelerators=accelerators, nodes=nodes, price="cpu-assume-2026")
-
-
-def section(**over: Any) -> Engine:
-    return Engine(**{**SECTION, "checkpoint_blocks": (0, 0), **over})
+def saved(made: PlainEngine) -> tuple[dict[str, torch.Tensor], Moments]:
+    """Copies of all that `restore` takes back."""
+    moments = made.moments()
+    return made.gather(made.masters()), Moments(
+        made.gather(moments.mean), made.gather(moments.square), dict(moments.updates)
+    )
 
 
 def test_fp32_is_plain_torch_with_clipping_and_warm_up() -> None:
@@ -102,28 +102,114 @@ def test_bf16_starts_as_the_rounded_fp32_network() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saving_and_loading_goes_on_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
-    straight = engine(dtype)
-    train(straight, range(7))
-    first = engine(dtype)
-    train(first, range(4))
-    first.save(tmp_path)
-    second = PlainEngine(CPU, dtype, 1.0)
+def test_restoring_goes_on_exactly(dtype: torch.dtype) -> None:
+    straight, first, second = engine(dtype), engine(dtype), PlainEngine(CPU, dtype, 1.0)
     second.setup(network(seed=9), adamw(ADAM), schedule(ADAM, 10))
-    second.load(tmp_path)
+    train(straight, range(7))
+    train(first, range(4))
+    second.restore(*saved(first), steps=4)
     assert second.learning_rate() == first.learning_rate()
     train(second, range(4, 7))
     for name, weight in straight.masters().items():
         assert torch.equal(weight, second.masters()[name])
     assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), second.model.parameters(), strict=True))
+    assert dict(second.moments().updates) == dict.fromkeys(straight.masters(), 7)
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    engine().save(tmp_path)
-    other = PlainEngine(CPU, torch.float32, 1.0)
-    other.setup(nn.Sequential(nn.Linear(6, 13), nn.GELU(), nn.Linear(13, 2)), adamw(ADAM), schedule(ADAM, 10))
-    with pytest.raises(EngineError, match=r"holds 0.bias as \(12,\), the model has \(13,\)"):
-        other.load(tmp_path)
+@pytest.mark.parametrize("adam", [ADAM, ADAM.model_copy(update={"schedule": "cosine"})])
+def test_the_rate_of_a_restored_schedule_is_that_of_an_uninterrupted_one(adam: Adam) -> None:
+    straight, rates = engine(adam=adam), []
+    for step in range(9):
+        rates.append(straight.learning_rate())
+        train(straight, range(step, step + 1))
+    for steps in (0, 1, 5, 8):
+        # Rolled back: the engine has been further.
+        made = engine(adam=adam)
+        train(made, range(7))
+        made.restore(*saved(engine(adam=adam)), steps=steps)
+        found = []
+        for step in range(steps, 9):
+            found.append(made.learning_rate())
+            train(made, range(step, step + 1))
+        assert found == rates[steps:]
+
+
+def test_a_restored_weight_that_never_had_a_gradient_has_no_moments() -> None:
+    first, second = engine(), engine()
+    first.backward(first.model[2](torch.ones(1, 12)).sum())
+    first.step()
+    assert sorted(first.moments().mean) == ["2.bias", "2.weight"]
+    train(second, range(2))
+    second.restore(*saved(first), steps=1)
+    assert dict(second.moments().updates) == {"2.weight": 1, "2.bias": 1}
+    assert torch.equal(second.moments().square["2.bias"], first.moments().square["2.bias"])
+
+
+def test_an_optimizer_without_moments_has_none() -> None:
+    made = PlainEngine(CPU, torch.float32, 1.0)
+    made.setup(network(), lambda weights: torch.optim.SGD(weights, lr=0.1), lambda o: LambdaLR(o, lambda _: 1.0))
+    train(made, range(2))
+    assert made.moments().updates == {}
+
+
+class OneByOne(Mapping[str, torch.Tensor]):
+    """Tensors that are read when they are asked for; says how many were read."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors, self.read = tensors, 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read += 1
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def test_every_saved_tensor_is_read_once() -> None:
+    first, second = engine(), engine()
+    train(first, range(2))
+    masters, moments = saved(first)
+    given = [OneByOne(dict(tensors)) for tensors in (masters, moments.mean, moments.square)]
+    second.restore(given[0], Moments(given[1], given[2], moments.updates), 2)
+    scattered = second.scatter(given[0])
+    assert [each.read for each in given] == [8, 4, 4]
+    assert all(torch.equal(scattered[name], first.masters()[name]) for name in masters)
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (nn.Linear(6, 13), r"they hold 0.weight as \(12, 6\), the model has \(13, 6\)"),
+        (nn.Linear(6, 12, bias=False), r"they hold 0.bias as \(12,\), the model has None"),
+    ],
+)
+def test_weights_of_another_network_are_refused(other: nn.Linear, why: str) -> None:
+    made = PlainEngine(CPU, torch.float32, 1.0)
+    made.setup(nn.Sequential(other, nn.GELU(), nn.Linear(other.out_features, 2)), adamw(ADAM), schedule(ADAM, 10))
+    with pytest.raises(EngineError, match=why):
+        made.restore(*saved(engine()), steps=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_updates_nothing(dtype: torch.dtype) -> None:
+    """From the very first step on, when torch's schedules take a step without an update for a mistake."""
+    made, rates = engine(dtype), []
+    before = made.gather(made.masters())
+    for factor in (float("nan"), float("inf")):
+        made.backward(made.model(batch(0).to(dtype)).float().square().mean() * factor)
+        assert not math.isfinite(made.step())
+        rates.append(made.learning_rate())
+    made.backward(made.model(batch(0).to(dtype)).float().square().mean())
+    made.discard()
+    rates.append(made.learning_rate())
+    assert rates == pytest.approx([0.005, 0.0075, 0.01])
+    assert all(torch.equal(weight, before[name]) for name, weight in made.masters().items())
+    assert made.moments().updates == {}
+    assert math.isfinite(train(made, range(1))[0])
 
 
 def test_gathered_tensors_are_copies() -> None:
@@ -132,42 +218,14 @@ def test_gathered_tensors_are_copies() -> None:
     train(made, range(1))
     assert not torch.equal(copy["0.weight"], made.masters()["0.weight"])
     assert made.scatter(copy)["0.weight"] is not copy["0.weight"]
-    assert made.mean(3.5) == 3.5
+    assert (made.total([3.5]), made.collect({"a": 1})) == ([3.5], [{"a": 1}])
+    assert made.gather(made.masters(), spread=True).keys() == copy.keys()
 
 
-@pytest.mark.parametrize(
-    ("asked", "hardware", "why"),
-    [
-        ({"sequence_parallel": 4}, "CPU:2", "sequence_parallel is 4: set it to 1"),
-        ({}, "H200:8", "drives one GPU, compute asks for H200:8"),
-    ],
-)
-def test_what_one_device_cannot_do_is_refused(asked: dict[str, Any], hardware: str, why: str) -> None:
-    with pytest.raises(EngineError, match=why):
-        make_engine(section(**asked), compute(hardware))
-
-
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EngineError, match="drives one process, 2 were started"):
-        make_engine(section(), compute("CPU:1"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_a_gpu_that_is_not_here_is_named() -> None:
-    with pytest.raises(EngineError, match="asks for H100:1, and torch sees no CUDA device"):
-        make_engine(section(), compute("H100:1"))
-
-
-def test_a_cpu_engine_takes_the_cores_and_the_precision_it_is_given() -> None:
-    before = torch.get_num_threads()
-    try:
-        made = make_engine(section(precision="bf16"), compute("CPU:3"))
-        assert torch.get_num_threads() == 3
-        assert device_of(compute("CPU:1")) == CPU
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-    assert (made.device, made.dtype, made.data_size) == (CPU, torch.bfloat16, 1)
-    made.barrier()
-    made.close()
+def test_shares_are_about_equal() -> None:
+    sizes = {"a": 5, "b": 1, "c": 4, "d": 4, "e": 2}
+    keepers = share_out(sizes, 3)
+    assert sorted(keepers) == sorted(sizes)
+    loads = [sum(size for name, size in sizes.items() if keepers[name] == rank) for rank in range(3)]
+    assert max(loads) <= sum(sizes.values()) / 3 + max(sizes.values())
+    assert set(share_out(sizes, 1).values()) == {0}

@@ -1,6 +1,7 @@
 """The transformer of 2.0: the original's names, sizes and forward, identities of packing, and that it learns."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -312,17 +313,17 @@ def test_a_sequence_engine_is_asked_to_split_attend_and_gather(network: MMDiT) -
             self.split_sizes.append(x.shape[dim])
             return x
 
-        def gather(self, x: Tensor, dim: int) -> Tensor:
+        def gather(self, x: Tensor, dim: int, tokens: int) -> Tensor:
             self.gathered += 1
             return x
 
-        def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attention(self, query: Tensor, key: Tensor, value: Tensor, tokens: Sequence[int]) -> Tensor:
             self.attended += 1
-            return super().attention(query, key, value)
+            return super().attention(query, key, value, tokens)
 
     expected, network.sp = _say(network, *_batch()), Spy()
     assert torch.equal(_say(network, *_batch()), expected)
-    assert sorted(network.sp.split_sizes) == [5, 5, 18, 18]
+    assert sorted(network.sp.split_sizes) == [5, 5, 18, 18, 18]
     assert (network.sp.attended, network.sp.gathered) == (5, 1)
 
 
@@ -347,11 +348,11 @@ def test_two_ranks_that_split_tokens_agree_with_one(network: MMDiT) -> None:
             barrier.wait()
             return joined
 
-        def gather(self, x: Tensor, dim: int) -> Tensor:
+        def gather(self, x: Tensor, dim: int, tokens: int) -> Tensor:
             return self.exchange(x, dim)
 
-        def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return super().attention(query, self.exchange(key, 2), self.exchange(value, 2))
+        def attention(self, query: Tensor, key: Tensor, value: Tensor, tokens: Sequence[int]) -> Tensor:
+            return super().attention(query, self.exchange(key, 2), self.exchange(value, 2), tokens)
 
     def rank(index: int) -> None:
         copy = MMDiT(network.config).double()

@@ -1,14 +1,15 @@
 """Blocks of the MMDiT: what a fresh block does, what meets where, and in which dtype."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from ml.architectures import MMDiT as Section
 from ml.models.mmdit_blocks import DoubleBlock, FinalLayer, Rope, SingleBlock, StreamAttention, heads_first, heads_last
-from ml.models.sequence import PlainSequence
+from ml.models.sequence import HERE, PlainSequence, Shared
 
-SP = PlainSequence()
 layouts = pytest.mark.parametrize("fused", [False, True])
 
 
@@ -44,9 +45,9 @@ def test_silent_modulation_makes_a_block_the_identity(fused: bool) -> None:
     for modulation in (double.img_mod, double.txt_mod, single.modulation):
         for parameter in modulation.parameters():
             torch.nn.init.zeros_(parameter)
-    assert torch.equal(double(img, txt, vec[:, 0], _still(8), SP)[0], img)
-    assert torch.equal(double(img, txt, vec[:, 0], _still(8), SP)[1], txt)
-    assert torch.equal(single(img, vec[:, 0], _still(5), SP), img)
+    assert torch.equal(double(img, txt, vec[:, 0], _still(8), HERE)[0], img)
+    assert torch.equal(double(img, txt, vec[:, 0], _still(8), HERE)[1], txt)
+    assert torch.equal(single(img, vec[:, 0], _still(5), HERE), img)
 
 
 @layouts
@@ -80,7 +81,7 @@ def test_a_single_block_is_its_formula(fused: bool) -> None:
     heard = heads_last(_plain(query, key, heads_first(v, 2)))
     gelu = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
     wanted = x + gate * block.linear2(torch.cat([heard, gelu], -1))
-    assert torch.allclose(block(x, vec[:, 0], _still(6), SP), wanted, atol=1e-6)
+    assert torch.allclose(block(x, vec[:, 0], _still(6), HERE), wanted, atol=1e-6)
 
 
 def test_text_comes_first_where_both_streams_meet() -> None:
@@ -88,11 +89,11 @@ def test_text_comes_first_where_both_streams_meet() -> None:
     met: list[Tensor] = []
 
     class Spy(PlainSequence):
-        def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attention(self, query: Tensor, key: Tensor, value: Tensor, tokens: Sequence[int]) -> Tensor:
             met.append(value)
-            return super().attention(query, key, value)
+            return super().attention(query, key, value, tokens)
 
-    block(img, txt, vec[:, 0], _still(8), Spy())
+    block(img, txt, vec[:, 0], _still(8), Shared(Spy()))
     shift, scale, *_ = block.txt_mod(vec[:, 0])
     normed = torch.nn.functional.layer_norm(txt, (48,), eps=1e-6) * (1 + scale) + shift
     assert torch.allclose(met[0][:, :, :3], heads_first(block.txt_attn.v_proj(normed), 2))
@@ -103,14 +104,14 @@ def test_autocast_reaches_attention_in_one_dtype() -> None:
     dtypes: list[tuple[torch.dtype, ...]] = []
 
     class Spy(PlainSequence):
-        def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attention(self, query: Tensor, key: Tensor, value: Tensor, tokens: Sequence[int]) -> Tensor:
             dtypes.append((query.dtype, key.dtype, value.dtype))
-            return super().attention(query, key, value)
+            return super().attention(query, key, value, tokens)
 
     block, (x,), (vec,) = SingleBlock(_section(True)), _tokens(6), _tokens(1)
     rope = Rope(torch.ones(1, 1, 6, 12), torch.zeros(1, 1, 6, 12), True)
     with torch.autocast("cpu", torch.bfloat16):
-        block(x.float(), vec[:, 0].float(), rope, Spy())
+        block(x.float(), vec[:, 0].float(), rope, Shared(Spy()))
     assert dtypes == [(torch.bfloat16,) * 3]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ml import architectures
 from ml.models.inputs import Inputs, Text, denoise
+from ml.models.sequence import HERE
 from ml.models.stdit import STDiT
 from ml.models.stdit_layers import Moment, PackedText
 from ml.models.weights import Origin
@@ -122,7 +123,7 @@ def test_one_block_equals_plain_einsum() -> None:
     block, x = network.blocks[0], torch.randn(2, 3, 6, 24)
     six, temporal = torch.randn(2, 6 * 24), torch.randn(1, 3, 24)
     texts = [torch.randn(2, 24), torch.randn(5, 24)]
-    out = block(x, Moment(six), PackedText(torch.cat(texts), [2, 5]), temporal)
+    out = block(x, Moment(six), PackedText(torch.cat(texts), [2, 5]), HERE, temporal)
     for row in range(2):
         expected = _block(block.state_dict(), x[row], six[row], texts[row], temporal[0])
         assert torch.allclose(out[row], expected, rtol=1e-5, atol=1e-5)
@@ -135,7 +136,7 @@ def test_temporal_attention_hears_raw_tokens_through_the_gate_of_the_spatial_one
             parameter.data.zero_()
     block.scale_shift_table.data = torch.randn(6, 24)
     x, six = 5 + 3 * torch.randn(1, 3, 1, 24), torch.zeros(1, 6 * 24)
-    residual = block(x, Moment(six), PackedText(torch.zeros(1, 24), [1]), None) - x
+    residual = block(x, Moment(six), PackedText(torch.zeros(1, 24), [1]), HERE, None) - x
     expected = block.scale_shift_table[2] * _self_attention(block.state_dict(), "attn_temp", x[0, :, 0])
     assert torch.allclose(residual[0, :, 0], expected, atol=1e-4)
 

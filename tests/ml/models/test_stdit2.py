@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ml import architectures
 from ml.models.inputs import Inputs, Text, denoise
+from ml.models.sequence import HERE
 from ml.models.stdit2 import ClipFactsMissing, STDiT2
 from ml.models.stdit_layers import MarkedFramesError, Moment, PackedText
 from ml.models.weights import Origin
@@ -141,7 +142,7 @@ def test_one_block_equals_plain_einsum_with_given_frames_at_time_zero() -> None:
     active = torch.tensor([[True, False, True], [False, False, True]])
     texts = [torch.randn(2, 24), torch.randn(5, 24)]
     text, rope = PackedText(torch.cat(texts), [2, 5]), network.rope(torch.arange(3))
-    out = block(x, Moment(six, six0, active), Moment(three, three0, active), text, rope)
+    out = block(x, Moment(six, six0, active), Moment(three, three0, active), text, rope, HERE)
     for row in range(2):
         spatial = [six[row] if on else six0[row] for on in active[row]]
         temporal = [three[row] if on else three0[row] for on in active[row]]
@@ -154,7 +155,7 @@ def test_what_reaches_the_blocks_is_time_plus_size_and_time_plus_length() -> Non
     seen: list[tuple[Any, ...]] = []
     network.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args))
     network(**given, x_mask=torch.tensor([[True, True, False]] * 2))
-    _, spatial, temporal, text, _ = seen[0]
+    _, spatial, temporal, text, _, _ = seen[0]
 
     def embedded(name: str, number: Tensor | float) -> Tensor:
         number = torch.as_tensor(number)[None]

@@ -1,6 +1,7 @@
 """The shared parts of the STDiT family, against closed forms and plain einsum."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ml.models.recompute import Recompute
 from ml.models.rope import rotate_pairs
+from ml.models.sequence import PlainSequence, Shared
 from ml.models.stdit_layers import (
     Attention,
     CaptionEmbedder,
@@ -186,10 +188,18 @@ def test_order_of_rope_and_norm_matters_only_through_the_norms_scale() -> None:
     assert not torch.allclose(first(x, rope), after(x, rope), atol=1e-4)
 
 
-def test_a_masked_key_is_not_heard() -> None:
-    layer, x = Attention(8, 2), torch.randn(1, 3, 8)
-    mask = torch.tensor([[[[True, True, False]]]])
-    assert torch.allclose(layer(x, mask=mask)[:, :2], layer(x[:, :2]), atol=1e-6)
+def test_tokens_of_other_ranks_are_heard_through_the_seam() -> None:
+    layer, x = Attention(8, 2), torch.randn(1, 5, 8)
+    first, second = x.split([3, 2], dim=1)
+
+    class Other(PlainSequence):
+        def attention(self, query: Tensor, key: Tensor, value: Tensor, tokens: Sequence[int]) -> Tensor:
+            assert tokens == (5,)
+            _, theirs, said = layer.qkv(second).reshape(1, 2, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            return super().attention(query, torch.cat([key, theirs], 2), torch.cat([value, said], 2), tokens)
+
+    heard = layer(first, None, Shared(Other(), (5,)))
+    assert torch.allclose(heard, layer(x)[:, :3], atol=1e-6)
 
 
 def test_packed_text_equals_padded_text_with_a_mask() -> None:

@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,9 +9,14 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from ml.engines.plain import PlainEngine
+from ml.engines.world import World
+from ml.methods import Engine
 from ml.reconstruction import Adversarial
 from ml.training.adversary import Adversary, AdversaryError
 
+SECTION = Engine(
+    kind="plain", precision="fp32", grad_clip=1.0, accumulate=1, sequence_parallel=1, checkpoint_blocks=(0, 0)
+)
 SMALL = Adversarial(channels=4, layers=2, lr=1e-2)
 
 
@@ -36,6 +43,25 @@ def test_judging_gives_a_gradient_to_the_video_only() -> None:
     assert video.grad is not None
     assert float(video.grad.abs().max()) > 0
     assert all(parameter.grad is None and parameter.requires_grad for parameter in adversary.network.parameters())
+
+
+def learned(steps: int) -> dict[str, Tensor]:
+    """What one of two ranks has learned of its own half of the clips."""
+    world = World.join(SECTION, torch.device("cpu"))
+    made, adversary = PlainEngine(torch.device("cpu"), torch.float32, 1.0, world), Adversary(SMALL, 0)
+    for step in range(steps):
+        adversary.learn(clips(2 * step + world.rank), 0.2 * clips(100 + 2 * step + world.rank), made)
+    world.close()
+    return adversary.network.state_dict()
+
+
+def test_ranks_learn_the_same_of_all_their_clips(ranks: Callable[..., list[Any]]) -> None:
+    one, other = ranks(learned, 3)
+    alone = learned(3)
+    for name, weight in one.items():
+        if "running" not in name:  # statistics of a rank's own batches, which no judgement uses
+            assert torch.equal(weight, other[name])
+    assert not torch.equal(one["main.0.weight"], alone["main.0.weight"])
 
 
 def test_weights_come_of_the_seed_and_leave_the_global_generator_alone() -> None:

@@ -1,3 +1,4 @@
+import copy
 import math
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def test_the_adversary_waits_for_its_step_and_then_learns() -> None:
     first = {name: tensor.clone() for name, tensor in objective.adversary.network.state_dict().items()}
     for step in range(1, 4):
         objective.begin(step)
-        report = take_step(engine, objective, [clips(step)], torch.Generator().manual_seed(step))
+        report = take_step(engine, objective, [clips(step)], [torch.Generator().manual_seed(step)])
         now = objective.adversary.network.state_dict()
         assert ("adversarial" in report.terms) == (step == 3)
         assert all(torch.equal(first[name], now[name]) for name in first) == (step < 3)
@@ -189,7 +190,7 @@ def run(objective: Reconstruction, engine: PlainEngine, steps: range) -> list[fl
     for step in steps:
         objective.begin(step)
         torch.manual_seed(step)  # as the trainer does: dropout draws from the global generator
-        losses.append(take_step(engine, objective, [clips(step)], torch.Generator().manual_seed(step)).loss)
+        losses.append(take_step(engine, objective, [clips(step)], [torch.Generator().manual_seed(step)]).loss)
     return losses
 
 
@@ -197,12 +198,12 @@ def test_a_resumed_adversary_goes_on_exactly(tmp_path: Path) -> None:
     section = AutoencoderLoss(reconstruction=1.0, adversarial=SMALL.model_copy(update={"dropout": 0.3}))
     engine, objective = small_engine(), Reconstruction(section, None, seed=1)
     run(objective, engine, range(1, 4))
-    engine.save(tmp_path)
+    weights, moments = engine.gather(engine.masters()), copy.deepcopy(engine.moments())
     objective.save(tmp_path)
     wanted = run(objective, engine, range(4, 7))
 
     again, resumed = small_engine(), Reconstruction(section, None, seed=2)
-    again.load(tmp_path)
+    again.restore(weights, moments, 3)
     resumed.load(tmp_path)
     assert run(resumed, again, range(4, 7)) == wanted
     assert objective.adversary is not None

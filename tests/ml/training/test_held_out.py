@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from ml.batching.datasets import LatentDataset
 from ml.diffusion.process import build_process
 from ml.recipe import Recipe
-from ml.training.held_out import Grid, chosen_clips, even_times, held_out_loss
+from ml.training.held_out import Asked, Grid, chosen_clips, even_times, held_out_loss
 from ml.training.networks import new_transformer
 
 CPU = torch.device("cpu")
@@ -39,6 +40,27 @@ def test_the_untrained_network_has_the_loss_of_the_velocity(latents: Path, mini:
     assert found.by_timestep == pytest.approx([2.0] * 4, rel=0.1)
     assert set(found.by_bucket) == {"48x80/48x80/1", "48x80/48x80/5"}
     assert found.mean == pytest.approx(sum(found.by_timestep) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_work_is_shared_out_whole_in_equal_numbers(size: int) -> None:
+    """Every part once; a rank that has nothing left repeats one that does not count."""
+    network, parts = torch.nn.Identity(), ["a", "b", "c", "d", "e"]
+    shares = [list(Asked(network, network, CPU, rank=rank, size=size).shares(parts)) for rank in range(size)]
+    assert {len(share) for share in shares} == {-(-5 // size)}
+    assert sorted(part for share in shares for part, counted in share if counted) == parts
+
+
+def test_batches_of_a_bucket_are_as_large_as_is_asked(latents: Path, mini: Recipe) -> None:
+    data, network = LatentDataset(latents), new_transformer(mini).eval()
+    one = grid(data, mini.objective)
+    small = replace(one, sizes=dict.fromkeys(one.keys, 2))
+    seen: list[int] = []
+    network.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(kwargs["img"])), with_kwargs=True)
+    whole, parted = (held_out_loss(network, data, asked, CPU) for asked in (one, small))
+    assert seen == [3] * 8 + ([2] * 4 + [1] * 4) * 2
+    assert parted.mean == pytest.approx(whole.mean, rel=1e-6)
+    assert parted.by_bucket == pytest.approx(whole.by_bucket, rel=1e-6)
 
 
 def test_the_same_seed_measures_the_same(latents: Path, mini: Recipe) -> None:

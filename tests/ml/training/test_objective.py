@@ -51,7 +51,7 @@ def test_process_and_conditions_are_the_recipes(
         made = denoising(recipe, recipe.stages[1], network, empty)
         assert made.conditioner.kinds == recipe.stages[1].conditions
         assert made.conditioner.causal
-        assert made.strides == recipe.strides
+        assert made.geometry.strides == recipe.strides
         kinds[name] = (type(made.process), made.conditioner.conditioning)
     assert kinds == {
         "v1_0": (IDDPM, "none"),

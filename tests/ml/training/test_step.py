@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ml import processes
 from ml.batching.buckets import Cell
 from ml.batching.datasets import LatentBatch, LatentDataset
+from ml.counts import block_flops
 from ml.diffusion.draws import Conditioner
 from ml.diffusion.process import build_process
 from ml.engines.plain import PlainEngine
@@ -20,7 +22,7 @@ from ml.shapes import Size
 from ml.training.networks import new_transformer
 from ml.training.objective import denoising
 from ml.training.optim import adamw, schedule, step_generator
-from ml.training.step import Denoising, Dropping, Loss, Objective, inputs_of, shape_of, take_step
+from ml.training.step import Denoising, Dropping, Geometry, Loss, Objective, inputs_of, shape_of, take_step
 
 ADAM = Adam(lr=0.1, eps=1e-8, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=0)
 CPU = torch.device("cpu")
@@ -77,7 +79,7 @@ def objective(
     section = recipe.objective.model_copy(update=over)
     dropping = Dropping(section.drop_context, section.drop_pooled, empty(recipe), keeps_mask)
     conditioner = Conditioner(recipe.model.conditioning, kinds, section)
-    return Denoising(build_process(section), network, conditioner, dropping, recipe.strides)
+    return Denoising(build_process(section), network, conditioner, dropping, Geometry(recipe.strides, recipe.network))
 
 
 def batch(recipe: Recipe, number: int, frames: int) -> LatentBatch:
@@ -97,14 +99,24 @@ def test_micro_batches_of_equal_size_are_one_large_batch() -> None:
     with torch.no_grad():
         one.model.weight.fill_(2.0)
         two.model.weight.fill_(2.0)
-    whole = take_step(one, Squares(), [data], generator)
-    parts = take_step(two, Squares(), [data[:4], data[4:]], generator)
+    whole = take_step(one, Squares(), [data], [generator])
+    parts = take_step(two, Squares(), [data[:4], data[4:]], [generator] * 2)
     assert (whole.loss, whole.grad_norm, whole.examples) == (parts.loss, parts.grad_norm, parts.examples)
     # d/dw mean (w - x)^2 = 2 (2 - 3.5) = -3.
     assert whole.grad_norm == pytest.approx(3.0)
     assert (whole.loss, whole.examples, whole.tokens) == (float((2 - data).square().mean()), 8, 16)
     assert torch.equal(one.model.weight, two.model.weight)
     assert (whole.terms, parts.terms) == ({"largest": 7.0}, {"largest": (3.0 + 7.0) / 2})
+
+
+def test_a_loss_that_is_not_finite_makes_no_update_and_the_schedule_goes_on() -> None:
+    made = engine(nn.Linear(1, 1, bias=False))
+    before = made.model.weight.detach().clone()
+    found = take_step(made, Squares(), [torch.tensor([1.0, math.nan])], [step_generator(CPU, 0)], lambda: True)
+    assert not found.updated
+    assert found.asked
+    assert torch.equal(made.model.weight, before)
+    assert take_step(made, Squares(), [torch.tensor([1.0])], [step_generator(CPU, 0)]).updated
 
 
 def test_a_silent_network_has_the_loss_of_the_velocity_itself(mini: Recipe) -> None:
@@ -115,6 +127,8 @@ def test_a_silent_network_has_the_loss_of_the_velocity_itself(mini: Recipe) -> N
     )
     assert float(loss.value.detach()) == pytest.approx(2.0, rel=0.05)
     assert (loss.examples, loss.tokens) == (64, 64 * 30)
+    # 5 frames are 2 latent ones of 6 x 10; forward once and backward twice.
+    assert loss.flops == 64 * 3 * block_flops(mini.network, (2, 6, 10), mini.text.max_tokens)
     assert made.model.asked[0][2].condition is None
 
 
@@ -309,5 +323,5 @@ def test_the_transformer_learns_a_batch_by_heart(
     flow = denoising(recipe, stage, network, data.null)
     keys = next(found for cell, found in data.groups("train").items() if cell.frames > 1)
     one = data.load([keys[0]] * 4)
-    losses = [take_step(made, flow, [one], step_generator(CPU, 1, step % 4)).loss for step in range(90)]
+    losses = [take_step(made, flow, [one], [step_generator(CPU, 1, step % 4)]).loss for step in range(90)]
     assert sum(losses[-8:]) < 0.7 * sum(losses[:8])

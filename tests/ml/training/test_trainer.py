@@ -1,5 +1,7 @@
+import math
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,22 @@ from torch import Tensor, nn
 
 from infra.tracking import RunLog
 from ml.batching.buckets import Cell
-from ml.batching.sampler import Batch, BatchStream, BucketSampler
-from ml.engines.plain import PlainEngine
+from ml.batching.sampler import Batch, BucketSampler
+from ml.batching.stream import BatchStream
+from ml.engines.make import make_engine
+from ml.methods import Engine, Guard
 from ml.models.weights import CheckpointMismatch
-from ml.sections import Adam
+from ml.sections import Adam, Compute
 from ml.shapes import Size
 from ml.training.checkpoint import Identity
+from ml.training.consumed import counts, problems, read
 from ml.training.curves import read_log
+from ml.training.exits import Preempted
+from ml.training.guard import TrainingDiverged
+from ml.training.meter import Meter
 from ml.training.optim import adamw, schedule
 from ml.training.step import Loss, Objective
-from ml.training.trainer import Plan, Preempted, Trainer, TrainingDiverged
+from ml.training.trainer import Aids, Plan, Trainer
 
 ADAM = Adam(lr=0.01, eps=1e-8, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=3)
 CELL = Cell("48x80", 5, Size(48, 80))
@@ -66,27 +74,43 @@ def load(batch: Batch) -> Tensor:
     return torch.tensor([[float(name.removeprefix("clip"))] * 3 for name in batch.ids])
 
 
+def load_half(batch: Batch) -> Tensor:
+    return load(batch).bfloat16()
+
+
+def section(**over: Any) -> Engine:
+    one = {"accumulate": 1, "sequence_parallel": 1, "checkpoint_blocks": (0, 0)}
+    return Engine(**{"kind": "plain", "precision": "fp32", "grad_clip": 1.0, **one, **over})
+
+
 def plan(out: Path, **over: Any) -> Plan:
     base = Plan(
         out=out,
         identity=Identity("v2_0-tiny", "stage1", "aaaa"),
         seed=5,
         steps=9,
-        accumulate=2,
         checkpoint_every=3,
         keep_checkpoints=2,
         ema_decay=0.8,
+        engine=section(accumulate=2),
+        guard=Guard(patience=2, rollbacks=1),
+        hang_seconds=100.0,
     )
     return replace(base, **over)
 
 
-def run(what: Plan, objective: Any = None, dtype: torch.dtype = torch.float32) -> Trainer:
+def run(
+    what: Plan, objective: Any = None, precision: str = "fp32", log: RunLog | None = None, ranks: int = 1
+) -> Trainer:
+    """Train a plan to its end, in as many ranks as there are."""
     torch.manual_seed(0)
-    engine = PlainEngine(torch.device("cpu"), dtype, 1.0)
+    engine = make_engine(
+        section(precision=precision), Compute(accelerators="CPU:1", nodes=1, price="x", processes=ranks)
+    )
     engine.setup(nn.Linear(3, 3), adamw(ADAM), schedule(ADAM, what.steps))
-    sampler = BucketSampler({CELL: IDS}, {CELL: 2}, what.seed)
-    with BatchStream(sampler, lambda batch: load(batch).to(dtype)) as stream:
-        trainer = Trainer(engine, objective or Noisy(), stream, what, RunLog())
+    sampler = BucketSampler({CELL: IDS}, {CELL: 2}, what.seed, engine.data_rank, engine.data_size)
+    with BatchStream(sampler, load if precision == "fp32" else load_half) as stream:
+        trainer = Trainer(engine, objective or Noisy(), stream, what, Aids(log or RunLog(), Meter(1e9, ranks)))
         trainer.fit()
     return trainer
 
@@ -98,9 +122,9 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("killed_at", [4, 7])
-def test_a_killed_run_goes_on_exactly(tmp_path: Path, killed_at: int, dtype: torch.dtype) -> None:
+def test_a_killed_run_goes_on_exactly(tmp_path: Path, killed_at: int, precision: str) -> None:
     """Killed between checkpoints: steps since the last one are made again, and all ends bit for bit equal."""
 
     def die(call: int) -> None:
@@ -109,16 +133,18 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path, killed_at: int, dtype: tor
 
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir()
-    straight = run(plan(tmp_path / "straight"), dtype=dtype)
+    straight = run(plan(tmp_path / "straight"), precision=precision)
     with pytest.raises(KeyboardInterrupt):
-        run(plan(tmp_path / "killed"), Noisy(die), dtype)
+        run(plan(tmp_path / "killed"), Noisy(die), precision)
     again = Noisy()
-    resumed = run(plan(tmp_path / "killed"), again, dtype)
+    resumed = run(plan(tmp_path / "killed"), again, precision)
     assert again.calls == 2 * (9 - (killed_at - 1) // 3 * 3)
     for name, weight in straight.weights().items():
         assert torch.equal(weight, resumed.weights()[name])
         assert torch.equal(straight.engine.masters()[name], resumed.engine.masters()[name])
-    assert resumed.stream.consumed == straight.stream.consumed
+    ledgers = [read(tmp_path / name / "consumed") for name in ("straight", "killed")]
+    assert ledgers[0].equals(ledgers[1])
+    assert problems(ledgers[1]) == []
     logs = [read_log(tmp_path / name / "loss.csv") for name in ("straight", "killed")]
     for column in ("step", "loss", "lr", "grad_norm", "examples", "bucket"):
         assert logs[0][column].tolist() == logs[1][column].tolist()
@@ -156,11 +182,7 @@ def test_terms_of_a_loss_are_logged_beside_it(out: Path) -> None:
             self.rows.append(dict(values))
 
     log, objective = Kept(), Remembering()
-    torch.manual_seed(0)
-    engine = PlainEngine(torch.device("cpu"), torch.float32, 1.0)
-    engine.setup(nn.Linear(3, 3), adamw(ADAM), schedule(ADAM, 9))
-    with BatchStream(BucketSampler({CELL: IDS}, {CELL: 2}, 5), load) as stream:
-        Trainer(engine, objective, stream, plan(out), log).fit()
+    run(plan(out), objective, log=log)
     assert len(log.rows) == 9
     assert all({"loss", "lr", "grad_norm", "loss_seen"} <= row.keys() for row in log.rows)
     # The mean over the step's two micro-batches of a growing sum: the second is where the step ends.
@@ -185,29 +207,94 @@ def test_weights_are_the_average_where_there_is_one(out: Path, tmp_path: Path) -
 
 
 def test_every_step_is_logged(out: Path) -> None:
-    trainer = run(plan(out))
+    run(plan(out))
     rows = read_log(out / "loss.csv")
     assert rows["step"].tolist() == list(range(1, 10))
     assert rows["lr"].tolist() == pytest.approx([0.0025, 0.005, 0.0075, *[0.01] * 6])
     assert rows["tokens"].tolist() == [10 * n for n in rows["examples"]]
-    assert rows["examples"].sum() == sum(trainer.stream.consumed.values())
+    assert rows["examples"].sum() == sum(counts(read(out / "consumed")).values())
     assert ((rows["data_wait_share"] >= 0) & (rows["data_wait_share"] <= 1)).all()
     assert (rows["grad_norm"] > 0).all()
     assert rows["bucket"][0] == "48x80/48x80/5+48x80/48x80/5"
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_step_and_examples(out: Path, bad: float) -> None:
-    class Broken(Noisy):
-        def loss(self, engine: Any, data: Tensor, generator: torch.Generator) -> Loss:
-            loss = super().loss(engine, data, generator)
-            return replace(loss, value=loss.value * bad) if self.calls == 9 else loss
+class Spoiled(Noisy):
+    """From step `first` on, losses of the batches that hold a clip are multiplied: nan and inf are not finite."""
 
-    with pytest.raises(TrainingDiverged, match=r"step 5: loss (nan|inf).*on examples clip\d, clip\d") as raised:
-        run(plan(out), Broken())
-    assert "lower the learning rate" in str(raised.value)
+    def __init__(self, clips: set[int], factor: float, first: int = 1) -> None:
+        super().__init__()
+        self.clips, self.factor, self.first, self.step = clips, factor, first, 0
+
+    def begin(self, step: int) -> None:
+        self.step = step
+
+    def loss(self, engine: Any, data: Tensor, generator: torch.Generator) -> Loss:
+        loss = super().loss(engine, data, generator)
+        spoiled = self.clips & {int(value) for value in data[:, 0].tolist()}
+        return replace(loss, value=loss.value * self.factor) if spoiled and self.step >= self.first else loss
+
+
+class Cursed(Noisy):
+    """From step `first` on, the loss of one batch is multiplied, whenever that batch comes."""
+
+    def __init__(self, first: int, factor: float) -> None:
+        super().__init__()
+        self.first, self.factor, self.step = first, factor, 0
+        self.batch: Tensor | None = None
+
+    def begin(self, step: int) -> None:
+        self.step = step
+
+    def loss(self, engine: Any, data: Tensor, generator: torch.Generator) -> Loss:
+        loss = super().loss(engine, data, generator)
+        if self.batch is None and self.step == self.first:
+            self.batch = data
+        hit = self.batch is not None and torch.equal(data, self.batch)
+        return replace(loss, value=loss.value * self.factor) if hit else loss
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_teaches_nothing_and_is_on_record(out: Path, bad: float) -> None:
+    """One clip of seven is broken; a step that meets it makes no update, and patience is never used up."""
+    trainer = run(plan(out, guard=Guard(patience=9)), Spoiled({3}, bad))
+    assert all(torch.isfinite(weight).all() for weight in trainer.weights().values())
+    rows, losses = read(out / "consumed"), read_log(out / "loss.csv")
+    unused = rows[~rows["used"]]
+    assert 0 < len(unused) < len(rows)
+    assert set(unused["reason"]) == {"loss or gradient not finite"}
+    hit = {row.step for row in rows.itertuples() if "clip3" in row.ids}
+    assert set(unused["step"]) == hit == set(losses[~losses["loss"].map(math.isfinite)]["step"])
+
+
+def test_steps_that_stay_wrong_send_training_back_past_their_batches(out: Path) -> None:
+    """From step 5 on, one batch is spoiled: training goes back to step 3 and never meets that batch again."""
+    trainer = run(plan(out, guard=Guard(patience=1), steps=12), Cursed(5, float("nan")))
+    rows = read(out / "consumed")
+    passed = rows[rows["reason"].str.contains("went wrong")]
+    assert len(passed) > 0
+    assert not passed["used"].any()
+    assert rows[rows["used"]]["step"].max() == 12
+    assert problems(rows) == []
+    assert read_log(out / "loss.csv")["step"].tolist() == list(range(1, 13))
+    assert trainer.aids.meter.goodput() < 1
+
+
+def test_a_spike_sends_training_back_too(out: Path) -> None:
+    run(plan(out, guard=Guard(spike=50.0, window=4)), Cursed(6, 1e5))
+    rows = read(out / "consumed")
+    assert rows["reason"].str.contains("went wrong").any()
+    assert read_log(out / "loss.csv")["loss"].max() < 1e3
+
+
+def test_too_many_wrong_turns_stop_training(out: Path) -> None:
+    with pytest.raises(TrainingDiverged, match=r"step \d, on examples clip\d.*optimizer\.lr"):
+        run(plan(out, guard=Guard(patience=1, rollbacks=1), steps=12), Spoiled(set(range(7)), float("nan"), first=4))
     assert (out / "checkpoints" / "step-00000003").is_dir()
-    assert not (out / "checkpoints" / "step-00000006").exists()
+
+
+def test_a_start_that_goes_wrong_has_nothing_to_go_back_to(out: Path) -> None:
+    with pytest.raises(TrainingDiverged, match="before the first checkpoint"):
+        run(plan(out, guard=Guard(patience=1)), Spoiled(set(range(7)), float("nan")))
 
 
 def test_sigterm_saves_and_stops_and_the_rest_follows_exactly(out: Path, tmp_path: Path) -> None:
@@ -229,3 +316,28 @@ def test_another_recipes_checkpoints_stop_the_run(out: Path) -> None:
     run(plan(out))
     with pytest.raises(CheckpointMismatch, match=r"aaaa.*bbbb"):
         run(plan(out, identity=Identity("v2_0-tiny", "stage1", "bbbb")))
+
+
+def train(out: str, steps: int, ranks: int, accumulate: int) -> dict[str, Tensor]:
+    """One leg of a journey, in this many ranks."""
+    return run(
+        plan(Path(out), steps=steps, engine=section(accumulate=accumulate), checkpoint_every=100), ranks=ranks
+    ).weights()
+
+
+def test_two_ranks_one_and_two_again_take_every_batch_once(
+    out: Path, tmp_path: Path, ranks: Callable[..., Any]
+) -> None:
+    """Global batches are the same whoever shares them, so the weights are those of one process all the way."""
+    ranks(train, str(out), 3, 2, 1)
+    train(str(out), 6, 1, 2)
+    ended = ranks(train, str(out), 9, 2, 1)[0]
+    rows = read(out / "consumed")
+    assert problems(rows) == []
+    assert len(rows) == 2 * 9
+    (tmp_path / "alone").mkdir()
+    alone = train(str(tmp_path / "alone"), 9, 1, 2)
+    columns = ["step", "epoch", "index", "cell", "used"]
+    assert rows.sort_values(["epoch", "index"])[columns].equals(read(tmp_path / "alone" / "consumed")[columns])
+    for name, weight in alone.items():
+        torch.testing.assert_close(ended[name], weight, rtol=1e-5, atol=1e-7)

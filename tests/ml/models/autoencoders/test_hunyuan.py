@@ -1,6 +1,5 @@
 """HunyuanVideo's autoencoder: released names and size, causality, normalised latents, tiles, and that it learns."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,5 @@
 """OpenSora-VAE 1.2: released names and size, lengths, causality, micro frames, normalisation, training, its start."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,5 @@
 """The temporal part of OpenSora-VAE 1.2: causality, the pad in front, and a block against a closed form."""
 
-
 import pytest
 import torch
 

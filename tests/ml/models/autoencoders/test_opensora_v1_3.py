@@ -1,6 +1,5 @@
 """OpenSora-VAE 1.3: released names and size, windows and their latents, causality, memory options, tiles, learning."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,5 @@
 """The per-frame autoencoder: released names and size, frames apart, scale, tiling, and where training starts."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
