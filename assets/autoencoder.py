@@ -8,10 +8,6 @@ from ml.released import source_fingerprint
 from ml.sections import AutoencoderStage
 
 LPIPS = ("weights", "lpips_alex")
-_TRAINING = (
-    *("tier", "part", "steps", "resolution", "frames", "random_frames", "image_fraction"),
-    *("batch", "optimizer", "ema_decay", "loss"),
-)
 
 
 def lpips_step() -> Step:
@@ -82,7 +78,7 @@ def _stage(recipe: Recipe, stage: AutoencoderStage, before: tuple[str, str] | No
             "model.patch",
             "autoencoder.net",
             "autoencoder.latent",
-            *(f"autoencoder.stages.{stage.name}.{field}" for field in _TRAINING),
+            f"autoencoder.stages.{stage.name}.learned",
         ),
         inputs=dataset | init | perceptual,
         options={"stage": stage.name},

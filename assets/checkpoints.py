@@ -7,13 +7,6 @@ from ml.recipe import Recipe
 from ml.released import source_fingerprint
 from ml.sections import Pretrained, Stage
 
-# Neither hardware nor how work is spread over it: a checkpoint made on eight ranks is the same asset made on one.
-_ENGINE = ("precision", "grad_clip", "accumulate", "fp8")
-_TRAINING = (
-    *("tier", "steps", "buckets", "conditions", "optimizer", "ema_decay", "lora", "guard", "loading.source"),
-    *(f"engine.{field}" for field in _ENGINE),
-)
-
 
 def checkpoint_key(recipe: Recipe, stage: Stage) -> tuple[str, str]:
     """Asset key of a stage's checkpoint: `v2_0/dit_stage1`."""
@@ -73,9 +66,10 @@ def _stage(recipe: Recipe, stage: Stage, before: tuple[str, str] | None) -> Step
         work=Entry("ml.train", "stage", stage.compute),
         purpose="headline",
         recipe=recipe,
-        reads=("seed", "model", "objective", "text", *(f"stages.{stage.name}.{field}" for field in _TRAINING)),
+        reads=("seed", "model", "objective", "text", f"stages.{stage.name}.learned"),
         inputs=_inputs(recipe, stage) | init,
-        aside=frozenset({"prompts"}),
+        # What only validation looks at decides nothing.
+        aside=frozenset({"latents"} if stage.loading.source == "clips" else {"autoencoder"}),
         options={"stage": stage.name},
         kinds=frozenset({"pytorch", "mlflow"}),
         owner="team:training",
@@ -83,14 +77,12 @@ def _stage(recipe: Recipe, stage: Stage, before: tuple[str, str] | None) -> Step
 
 
 def _inputs(recipe: Recipe, stage: Stage) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Latents, or the clips and what encodes them; what validation looks at, which decides nothing."""
+    """Latents, or the clips and what encodes them; and what validation looks at."""
     online = stage.loading.source == "clips"
     found: dict[str, tuple[tuple[str, str], ...]]
     found = {"dataset": ((recipe.name, "dataset_version"),)} if online else {"latents": ((recipe.name, "latents"),)}
     if stage.validation is not None:
         found["latents"] = ((recipe.name, "latents"),)
-    if stage.validation is not None and stage.validation.samples:
-        found["prompts"] = ((recipe.name, "prompts"),)
-    if online or "prompts" in found:
+    if online or (stage.validation is not None and stage.validation.prompts):
         found["autoencoder"] = (autoencoder_key(recipe),)
     return found

@@ -172,11 +172,12 @@ class Walk:
 
     def key(self, step: Step, partition: str, inputs: Mapping[str, list[Made]], fresh: str = "") -> str:
         """The key of the folder a step's output belongs into; `fresh` sets a re-evaluation apart from the last one."""
+        deciding = {name: made for name, made in inputs.items() if name not in step.aside}
         content = {
             "step": "/".join(step.key),
             "code": step.code_version,
             "partition": partition,
-            "inputs": {name: [m.data_version for m in made] for name, made in inputs.items() if name not in step.aside},
+            "inputs": {name: [m.data_version for m in made] for name, made in deciding.items()},
             "fingerprint": step.fingerprint(self.workspace, partition) if step.fingerprint else "",
             "fresh": fresh,
         }

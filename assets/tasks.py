@@ -204,7 +204,7 @@ class Runner:
             experiment=self.experiment(step),
             tags=self._tags(step, work.compute),
             processes=work.compute.ranks // work.compute.nodes if phase else 1,
-            retries=phase.survival.retries if phase else 0,
+            retries=phase.survival.retries if phase else None,
             grace_seconds=SAVE_SECONDS if phase else GRACE_SECONDS,
         )
 

@@ -24,11 +24,12 @@ gradients, masters, moments and the moving average at the stage's engine and num
 bucket at its published batch, with buffers and 2 GiB for CUDA and NCCL (assumed). *Fewest* is the least number of GPUs
 on which every bucket fits at its published batch, of 80 GB and of 141 GB; *none* says that no number of GPUs makes it
 fit, as what does not fit is not sharded. Activations are counted on the networks themselves (tests), states follow from
-the engines; nothing here was measured on a GPU. Stored latents are trained on: no autoencoder, no text encoder.
+the engines; nothing here was measured on a GPU. Where clips are encoded while training or samples are shown, the
+weights of autoencoder and text encoder are in the peak, what they compute is not.
 """
 BATCHES = """## Largest batch of every bucket
 
-Samples a GPU (a group of GPUs that share a sequence, where there are any), as published and as would fit at the stage's
+Examples a GPU (a group of GPUs that share a sequence, where there are any), as published and as would fit at the stage's
 number of GPUs; neighbouring lengths of a resolution that have the same published batch stand in one row, which holds
 for the longest of them.
 """
@@ -59,7 +60,7 @@ STAGES = (
     *("recipe", "stage", "parameters", "GPUs", "sharding", "blocks recomputed", "states", "dearest bucket", "batch"),
     *("peak", "fewest of 80 GB", "fewest of 141 GB"),
 )
-BUCKETS = ("stage", "resolution", "frames", "GiB a sample", "published", "fits in 80 GB", "fits in 141 GB")
+BUCKETS = ("stage", "resolution", "frames", "GiB an example", "published", "fits in 80 GB", "fits in 141 GB")
 
 
 def stage_rows(recipe: Recipe) -> Iterator[tuple[str, ...]]:
@@ -88,9 +89,9 @@ def batch_rows(recipe: Recipe, stage: Stage) -> Iterator[tuple[str, ...]]:
     for run in runs:
         longest = max(run, key=lambda cell: cell[1])
         frames = str(run[0][1]) if len(run) == 1 else f"{run[0][1]} to {run[-1][1]}"
-        sample = memory(recipe, stage, longest).activations.peak
+        example = memory(recipe, stage, longest).activations.peak
         most = (str(largest_batch(recipe, stage, longest, usable(size))) for size in SIZES)
-        yield stage.name, longest[0], frames, f"{sample / GIB:.2f}", str(_batch(stage, longest)), *most
+        yield stage.name, longest[0], frames, f"{example / GIB:.2f}", str(_batch(stage, longest)), *most
 
 
 def _batch(stage: Stage, cell: tuple[str, int]) -> int:

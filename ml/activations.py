@@ -1,6 +1,6 @@
-"""What a training step keeps for its backward pass, counted: bytes of one sample on one rank.
+"""What a training step keeps for its backward pass, counted: bytes of one example on one rank.
 
-Letters: h width, r MLP ratio, e bytes of a number (2 in bf16, 4 in fp32), N tokens of a sample (in the MMDiT with its
+Letters: h width, r MLP ratio, e bytes of a number (2 in bf16, 4 in fp32), N tokens of an example (in the MMDiT with its
 text), L text tokens. A block keeps e (outer + inner + mlps r) + 4 wide bytes a token and width:
 
     bytes at r = 4          fp32   bf16 |                          fp32   bf16
@@ -40,7 +40,7 @@ LATENTS = 8
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one sample on one rank: `kept` between the passes, `live` more at the widest moment, `host` parked."""
+    """Bytes of one example on one rank: `kept` between the passes, `live` more at the widest moment, `host` parked."""
 
     kept: float
     live: float
@@ -75,8 +75,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One sample as one rank sees it: tokens, text tokens that blocks read, padded share of windows, the engine."""
+class Example:
+    """One example as one rank sees it: tokens, text tokens that blocks read, padded share of windows, the engine."""
 
     tokens: float
     text: float
@@ -106,7 +106,7 @@ def bytes_of(precision: str) -> int:
 
 
 def stage_activations(model: Model, grid: Grid, text_tokens: int, engine: Engine) -> Activations:
-    """Of one sample of a latent grid (t, h, w) and so many text tokens, under an engine.
+    """Of one example of a latent grid (t, h, w) and so many text tokens, under an engine.
 
     `model` is the resolved section (`Recipe.network`). Sequence ranks share tokens, tensor ranks what blocks keep
     inside; pipelines are counted as one stage, which holds for as many micro-batches in flight as there are stages.
@@ -114,11 +114,11 @@ def stage_activations(model: Model, grid: Grid, text_tokens: int, engine: Engine
     visual, ranks = math.prod(token_grid(model, grid)), engine.sequence_parallel
     joint = isinstance(model, MMDiT)
     tokens = (visual + text_tokens) / ranks if joint else visual / ranks
-    sample = Sample(tokens, 0 if joint else text_tokens, _padding(model, grid), engine)
-    ends = _ends(model, visual / ranks, text_tokens / (ranks if joint else 1), sample.size) + _latents(model, grid)
-    runs = [_held(model, run, sample) for run in _runs(model, engine.checkpoint_blocks)]
+    example = Example(tokens, 0 if joint else text_tokens, _padding(model, grid), engine)
+    ends = _ends(model, visual / ranks, text_tokens / (ranks if joint else 1), example.size) + _latents(model, grid)
+    runs = [_held(model, run, example) for run in _runs(model, engine.checkpoint_blocks)]
     kept = ends + sum(run.kept for run in runs)
-    width = model.hidden_size * sample.size * tokens
+    width = model.hidden_size * example.size * tokens
     peak, held = kept + TRANSIENT * width, kept
     for run in reversed(runs):
         peak = max(peak, held + run.live + GRADIENTS * width * (run.live > 0))
@@ -135,41 +135,41 @@ class Run:
     again: bool
 
 
-def _held(model: Model, run: Run, sample: Sample) -> Activations:
+def _held(model: Model, run: Run, example: Example) -> Activations:
     """What a run keeps, and what more the first of its blocks to be made again brings to life."""
-    whole = [_kept(model, block, sample) for block in run.blocks]
+    whole = [_kept(model, block, example) for block in run.blocks]
     if not run.again:
         return Activations(run.rounds * sum(whole), 0.0)
-    less = [_recomputed(model, block, sample) for block in run.blocks]
-    if sample.engine.offload:
+    less = [_recomputed(model, block, example) for block in run.blocks]
+    if example.engine.offload:
         return Activations(0.0, max(whole) if run.rounds else 0.0, run.rounds * sum(less))
     live = max(a - b for a, b in zip(whole, less, strict=True))
     return Activations(run.rounds * sum(less), live if run.rounds else 0.0)
 
 
-def _kept(model: Model, block: Block, sample: Sample) -> float:
+def _kept(model: Model, block: Block, example: Example) -> float:
     """Bytes that a block keeps."""
-    cut, size = sample.engine.tensor_parallel, sample.size
-    padding = sample.padding if block.padded else 1.0
+    cut, size = example.engine.tensor_parallel, example.size
+    padding = example.padding if block.padded else 1.0
     inner = block.inner + block.padded * (padding - 1) + block.mlps * _ratio(model)
     numbers = size * (block.outer + inner / cut) + SINGLE * block.wide * padding / cut
     heads = SINGLE * block.heads * model.num_heads / cut
-    return sample.tokens * (numbers * model.hidden_size + heads) + _read(model, block, sample)
+    return example.tokens * (numbers * model.hidden_size + heads) + _read(model, block, example)
 
 
-def _recomputed(model: Model, block: Block, sample: Sample) -> float:
+def _recomputed(model: Model, block: Block, example: Example) -> float:
     """Bytes that a block keeps which is made again: its input, and under `selective` what its products gave."""
-    width, cut = model.hidden_size * sample.size, sample.engine.tensor_parallel
-    if sample.engine.recompute == "block":
-        return sample.tokens * width
+    width, cut = model.hidden_size * example.size, example.engine.tensor_parallel
+    if example.engine.recompute == "block":
+        return example.tokens * width
     hidden = _ratio(model) * block.mlps / 2
     whole = 1 + (block.products + hidden) / cut
-    return sample.tokens * (width * whole + SINGLE * model.num_heads / cut) + _read(model, block, sample)
+    return example.tokens * (width * whole + SINGLE * model.num_heads / cut) + _read(model, block, example)
 
 
-def _read(model: Model, block: Block, sample: Sample) -> float:
+def _read(model: Model, block: Block, example: Example) -> float:
     """Keys and values of the text."""
-    return 2 * block.reads * sample.text * model.hidden_size * sample.size / sample.engine.tensor_parallel
+    return 2 * block.reads * example.text * model.hidden_size * example.size / example.engine.tensor_parallel
 
 
 def _runs(model: Model, checkpoint: tuple[int, int]) -> list[Run]:

@@ -27,6 +27,7 @@ __all__ = [
     "forward_flops",
     "parameters",
     "recomputed_fraction",
+    "tensor_parameters",
     "token_grid",
 ]
 
@@ -58,7 +59,7 @@ def parameters(model: Model) -> int:
 
 
 def forward_flops(model: Model, grid: Grid, text_tokens: int) -> int:
-    """FLOPs of one forward pass over one sample of a latent grid (t, h, w) and so many text tokens."""
+    """FLOPs of one forward pass over one example of a latent grid (t, h, w) and so many text tokens."""
     return _network(model, grid, text_tokens).flops
 
 
@@ -81,6 +82,23 @@ def block_parameters(model: Model) -> tuple[int, ...]:
     kinds = ("depth", "depth_single_blocks") if isinstance(model, MMDiT) else ("depth",)
     more = [model.model_copy(update={kind: getattr(model, kind) + 1}) for kind in kinds]
     return tuple(parameters(deeper) - parameters(model) for deeper in more)
+
+
+def tensor_parameters(model: Model) -> tuple[tuple[int, ...], int]:
+    """Learned parameters that tensor parallelism cuts (`ml.engines.tensor`): of a block of each kind, and around them.
+
+    Weights of attention and MLP, and the biases of those that are cut by outputs; modulations, norms and tables are
+    whole on every rank, and of what is around the blocks all but the captions' MLP of 1.x.
+    """
+    width, hidden = model.hidden_size, int(model.hidden_size * model.mlp_ratio)
+    attention, mlp = 4 * width**2 + 3 * width, 2 * width * hidden + hidden
+    if isinstance(model, MMDiT):
+        double = 2 * (attention - 3 * width * (not model.qkv_bias) + mlp)
+        return (double, attention + mlp), 0
+    captions = model.caption_channels * width + width + width**2
+    if isinstance(model, STDiT3):
+        return ((2 * attention + mlp) * (1 if model.skip_temporal else 2),), captions
+    return (3 * attention + mlp,), captions
 
 
 def adapter_lanes(model: Model, targets: Sequence[str]) -> int:
@@ -166,7 +184,7 @@ def _stdit2(model: STDiT2, grid: Grid, text: int) -> Tally:
 
 
 def _stdit3(model: STDiT3, grid: Grid, text: int) -> Tally:
-    """Pairs of whole blocks; 1.3 embeds given latents and their mask too, which only a sample with them pays for."""
+    """Pairs of whole blocks; 1.3 embeds given latents and their mask too, which only an example with them pays for."""
     rest = _cross(model, grid, text) + _mlp(model, math.prod(grid)) + _table(6 * model.hidden_size)
     pair = _spatial(model, grid, model.qk_norm) + rest
     if not model.skip_temporal:

@@ -19,8 +19,9 @@ from infra.workspace import Workspace
 from ml.recipe import Recipe
 
 RESULT = "result.json"
-# Loggers that report, on import, of kernels which nobody asked them for.
-NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+# Loggers that report, on import, of kernels which nobody asked them for; torchao's are asked for by fp8.
+NOISY = ("bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+FP8 = "torchao"
 
 
 class CallError(ValueError):
@@ -105,15 +106,15 @@ def parse(argv: Sequence[str] | None, ops: Sequence[str], description: str) -> C
     parser.add_argument("--run-id", help="MLflow run that this attempt logs to")
     parser.add_argument("--tracking-uri", help="MLflow tracking URI")
     args = parser.parse_args(argv)
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    recipe = Recipe.parse(args.recipe.read_text(encoding="utf-8")) if args.recipe else None
+    _hush(recipe)
     args.out.mkdir(parents=True, exist_ok=True)
     inputs: dict[str, tuple[Path, ...]] = {}
     for name, value in (_pair(text) for text in args.input):
         inputs[name] = (*inputs.get(name, ()), Path(value))
     return Call(
         op=args.op,
-        given_recipe=Recipe.parse(args.recipe.read_text(encoding="utf-8")) if args.recipe else None,
+        given_recipe=recipe,
         workspace=args.workspace,
         out=args.out,
         inputs=inputs,
@@ -132,6 +133,13 @@ def lpips_weights(call: Call) -> Path:
     """The LPIPS weights file: of the input `lpips` where the call has one, else the one in the workspace's cache."""
     folder = call.input("lpips") if "lpips" in call.inputs else Workspace(call.workspace).cache / "lpips"
     return folder / "alex.safetensors"
+
+
+def _hush(recipe: Recipe | None) -> None:
+    """Quieten loggers that nobody asked."""
+    fp8 = recipe is not None and any(phase.engine.fp8 for phase in recipe.phases)
+    for name in NOISY if fp8 else (*NOISY, FP8):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """How much memory one rank of a stage takes, before anything is started, and whether its device has it.
 
 A rank holds states, activations and buffers. States, for P weights of which T are trained, d ranks that shard them
-(data x sequence), t tensor ranks over which the blocks are cut first, and e = 2 (bf16) or 4 (fp32) bytes:
+(data x sequence), and e = 2 (bf16) or 4 (fp32) bytes; tensor ranks come first, and cut attention and MLPs only:
 
     sharding        weights   gradients          masters   moments   moving average
     none, fp32         4 P        4 T (*)            -        8 T        4 T
@@ -17,19 +17,22 @@ are `ml/activations.py`'s. Buffers: two gathered blocks and a block's gradients 
 buckets (ZeRO; data parallel). To every process comes an allowance for what is no tensor of ours: on a GPU the CUDA
 context, kernels, NCCL's channels and what the allocator cannot use, on a CPU the interpreter and libraries.
 
-The autoencoder and text encoder are not in it: stages train on stored latents (`loading.source: clips` needs more).
+Where clips are encoded while training (`loading.source: clips`) or samples shown (`validation.prompts`), the weights of
+autoencoder and text encoder are there too. What these compute for a moment is NOT counted: leave room for it.
 """
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePosixPath
 
 import psutil
 
 from ml import counts
 from ml.activations import Activations, autoencoder_activations, bytes_of, stage_activations
 from ml.architectures import DCAENet, MMDiT
-from ml.methods import Engine
+from ml.methods import Engine, engine_problems, memory_levers
 from ml.plan import Cell
 from ml.recipe import Recipe
 from ml.sections import AutoencoderStage, Compute, Stage
@@ -51,13 +54,18 @@ DEVICE_GIB = {
 DRIVER_GIB = 1.2
 # Context and kernels about 0.5, NCCL about 1 over several communicators, the rest for what is cut up: an assumption.
 CUDA_GIB = 2.0
-# Resident memory of a training process before its first tensor, measured (torch 2.13, x86-64): 0.6.
+# Resident memory of a training process before its first tensor: 0.4 GiB after `import ml.train` (torch 2.13, x86-64),
+# and what libraries take that are loaded later (assumed).
 HOST_GIB = 0.6
 # Numbers in a reduction bucket: ColossalAI's default of 12 Mi; torch's data parallel has 25 MiB, less than this.
 BUCKET = 12 * 2**20
 # Weights of an autoencoder at the published widths, counted: 1.2's is a pair.
 AUTOENCODER_WEIGHTS = {"sd": 84e6, "opensora_v1_2": 393e6, "opensora_v1_3": 259e6, "hunyuan": 246e6, "dc_ae": 459e6}
 SPATIAL_WEIGHTS, PUBLISHED_WIDTH = 84e6, 128
+# Weights of text encoders, counted: T5 v1.1 XXL's encoder, with CLIP-L's, and all-MiniLM-L6-v2. In fp32, as Google's
+# files of T5 and the packaged MiniLM are, and as an autoencoder is loaded.
+TEXT_WEIGHTS = {"t5": 4_762_310_656, "t5_clip": 4_762_310_656 + 123_060_480, "minilm": 22_713_216}
+ENCODER_BYTES = 4
 MOST_DEVICES = 4096
 
 AnyStage = Stage | AutoencoderStage
@@ -92,11 +100,12 @@ class Memory:
     batch: int
     buffers: float
     overhead: float
+    encoders: float = 0.0
 
     @property
     def fixed(self) -> float:
         """What does not depend on the batch."""
-        return self.states.total + self.buffers + self.overhead
+        return self.states.total + self.buffers + self.overhead + self.encoders
 
     @property
     def total(self) -> float:
@@ -116,6 +125,7 @@ def memory(recipe: Recipe, stage: AnyStage, cell: Cell, batch: int | None = None
         batch=_batch(stage, cell) if batch is None else batch,
         buffers=_buffers(stage.engine, weights, shards),
         overhead=GIB * (HOST_GIB if stage.compute.on_cpu else CUDA_GIB),
+        encoders=_encoders(recipe, stage),
     )
 
 
@@ -135,18 +145,38 @@ def worst(recipe: Recipe, stage: AnyStage, devices: int | None = None) -> tuple[
 
 
 def available(compute: Compute) -> float:
-    """Bytes that one rank may use: its GPU's, or its share of this machine's memory on a CPU.
+    """Bytes that one rank may use: its GPU's, or on a CPU its share of this machine's memory and cgroup's limit.
 
     Raises MemoryModelError for an accelerator whose memory is not known.
     """
     if compute.on_cpu:
-        return psutil.virtual_memory().total / (compute.processes or 1)
+        return min(psutil.virtual_memory().total, cgroup_limit()) / (compute.processes or 1)
     name = compute.accelerators.split(":")[0]
     if name not in DEVICE_GIB:
         raise MemoryModelError(
             f"no memory is known for {name!r}; known: {', '.join(DEVICE_GIB)} (add its data sheet's to ml/memory.py)"
         )
     return usable(DEVICE_GIB[name])
+
+
+def cgroup_limit(root: Path = Path("/")) -> float:
+    """Bytes that this process's control groups, of either version, allow it and its like; infinite without a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf
+    found = [math.inf]
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        base = root / "sys/fs/cgroup" / controllers
+        inner = PurePosixPath(path.lstrip("/"))
+        # A container may show its own group at the root, whatever the path says.
+        for group in (inner, *inner.parents):
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                with suppress(OSError, ValueError):
+                    found.append(float(int((base / group / name).read_text(encoding="ascii"))))
+    return min(found)
 
 
 def usable(gib: float) -> float:
@@ -173,39 +203,24 @@ def min_devices(recipe: Recipe, stage: AnyStage, space: float) -> int | None:
 
 
 def largest_batch(recipe: Recipe, stage: AnyStage, cell: Cell, space: float, devices: int | None = None) -> int:
-    """How many samples of a bucket a rank of `space` bytes holds (in sequence parallel: a group of ranks); 0 = none."""
+    """How many examples of a bucket fit a rank of `space` bytes (in sequence parallel: a group of ranks); 0 = none."""
     found = memory(recipe, stage, cell, 1, devices)
     return max(0, math.floor((space - found.fixed) / found.activations.peak))
 
 
 def suggestions(recipe: Recipe, stage: AnyStage, space: float) -> list[str]:
     """What would make a stage fit, one sentence each, every one tried with this estimate; empty when nothing does."""
-    return [words for words, changed in _ways(stage) if fits(recipe, changed, space)]
+    return [words for words, changed in _ways(recipe, stage) if fits(recipe, changed, space)]
 
 
-def _ways(stage: AnyStage) -> Sequence[tuple[str, AnyStage]]:
-    """Changes of a stage and what to call them, the mildest first."""
-    engine, ways = stage.engine, list[tuple[str, AnyStage]]()
-    alone = stage.compute.ranks == engine.model_ranks
-    sharded = [("plain", "full")] if engine.kind == "plain" else [("plain", "full"), ("colossal", "zero2")]
-    sharded += [("colossal", "zero2")] if engine.kind == "plain" and engine.precision == "bf16" else []
-    if not alone:
-        ways += [(f"sharding: {how} (kind: {kind})", _with(stage, kind=kind, sharding=how)) for kind, how in sharded]
-    blocks = {"checkpoint_blocks": (100, 100), "recompute": "block"}
-    ways.append(("checkpoint_blocks: [100, 100], recompute: block", _with(stage, **blocks)))
-    ways.append(("checkpoint_blocks: [100, 100] with offload: true", _with(stage, **blocks, offload=True)))
-    for ranks in (2, 4, 8):
-        if not alone and ranks > engine.sequence_parallel and stage.compute.ranks % ranks == 0:
-            ways.append((f"sequence_parallel: {ranks}", _with(stage, sequence_parallel=ranks)))
-    if not alone:
-        both = {"kind": "plain", "sharding": "full", **blocks}
-        ways.append(("sharding: full (kind: plain) with checkpoint_blocks: [100, 100]", _with(stage, **both)))
-    halved = [(f"a {part} of every batch", _smaller(stage, share)) for part, share in (("half", 2), ("quarter", 4))]
-    return ways + halved
-
-
-def _with(stage: AnyStage, **changes: object) -> AnyStage:
-    return stage.model_copy(update={"engine": stage.engine.model_copy(update=changes)})
+def _ways(recipe: Recipe, stage: AnyStage) -> Sequence[tuple[str, AnyStage]]:
+    """Changes of a stage that the recipe accepts and what to call them, the mildest first."""
+    ways = list[tuple[str, AnyStage]]()
+    if isinstance(stage, Stage):
+        for words, engine in memory_levers(stage.engine, stage.compute.ranks):
+            if not engine_problems(engine, recipe.network, stage.lora):
+                ways.append((words, stage.model_copy(update={"engine": engine})))
+    return ways + [(f"a {part} of every batch", _smaller(stage, n)) for part, n in (("half", 2), ("quarter", 4))]
 
 
 def _smaller(stage: AnyStage, share: int) -> AnyStage:
@@ -237,14 +252,21 @@ def _states(stage: AnyStage, weights: Weights, shards: int) -> States:
     if engine.sharding == "none":
         gradients, narrow = 4 * trained, engine.precision == "bf16"
         gradients += 2 * trained * narrow
-        gradients += (size * trained + 4 * trained * narrow * (engine.accumulate > 1)) * (shards > 1)
+        gradients += (size * trained + 4 * trained * narrow * _accumulates(engine, shards)) * (shards > 1)
         return States(size * weights.whole, gradients, 4 * trained * narrow, 8 * trained, average)
     moments, average = 8 * trained / shards, average / shards
     if engine.sharding == "full":
-        gradients = 4 * trained / (shards if engine.accumulate == 1 else 1)
+        gradients = 4 * trained / (1 if _accumulates(engine, shards) else shards)
         return States(4 * weights.whole / shards, gradients, 0.0, moments, average)
     gradients = size * trained / (shards if engine.sharding == "zero2" else 1)
     return States(size * weights.whole, gradients, 4 * trained / shards, moments, average)
+
+
+def _accumulates(engine: Engine, shards: int) -> bool:
+    """Whether a step has several micro-batches."""
+    if engine.batches_per_step is None:
+        return engine.accumulate > 1
+    return engine.batches_per_step * engine.sequence_parallel > shards
 
 
 def _buffers(engine: Engine, weights: Weights, shards: int) -> float:
@@ -270,31 +292,49 @@ def _shards(stage: AnyStage, devices: int | None) -> int:
 
 def _weights(recipe: Recipe, stage: AnyStage) -> Weights:
     if isinstance(stage, AutoencoderStage):
-        whole, trained = _autoencoder_weights(recipe, stage)
+        # Convolutions are cut, which is all of it but 3 in 100.
+        whole, trained = (count / stage.engine.tensor_parallel for count in _autoencoder_weights(recipe, stage))
         return Weights(whole, trained, whole / 4, 0.0)
     model, engine = recipe.network, stage.engine
-    one = counts.block_parameters(model)
+    elsewhere = 1 - 1 / engine.tensor_parallel
+    whole_blocks, (cut, cut_ends) = counts.block_parameters(model), counts.tensor_parameters(model)
     depths = (model.depth, model.depth_single_blocks) if isinstance(model, MMDiT) else (model.depth,)
+    ends = counts.parameters(model) - sum(depth * size for depth, size in zip(depths, whole_blocks, strict=True))
+    ends -= cut_ends * elsewhere
+    one = [size - part * elsewhere for size, part in zip(whole_blocks, cut, strict=True)]
     blocks = sum(depth * size for depth, size in zip(depths, one, strict=True))
-    ends = counts.parameters(model) - blocks
-    held = ends + blocks / (engine.tensor_parallel * engine.pipeline_parallel)
+    held = ends + blocks / engine.pipeline_parallel
     if stage.lora is None:
-        return Weights(held, held, max(one) / engine.tensor_parallel, ends)
+        return Weights(held, held, max(one), ends)
     adapters = counts.adapter_lanes(model, stage.lora.targets) * stage.lora.rank
-    return Weights(held + adapters, adapters, max(one) / engine.tensor_parallel, ends)
+    return Weights(held + adapters, adapters, max(one), ends)
+
+
+def _encoders(recipe: Recipe, stage: AnyStage) -> float:
+    """Bytes of autoencoder and text encoder, once for clips that are encoded and once for samples that are shown."""
+    if isinstance(stage, AutoencoderStage):
+        return 0.0
+    shows = stage.validation is not None and bool(stage.validation.prompts)
+    weights = _autoencoder_size(recipe)[0] + TEXT_WEIGHTS[recipe.text.kind]
+    return ENCODER_BYTES * weights * ((stage.loading.source == "clips") + shows)
 
 
 def _autoencoder_weights(recipe: Recipe, stage: AutoencoderStage) -> tuple[float, float]:
-    """Weights of the autoencoder, and those that a phase trains: the published ones by the square of the width."""
+    """Weights of the autoencoder, and those that a phase trains."""
+    whole, scale = _autoencoder_size(recipe)
+    spatial = SPATIAL_WEIGHTS * scale
+    return whole, {"all": whole, "spatial": spatial, "temporal": whole - spatial}[stage.part]
+
+
+def _autoencoder_size(recipe: Recipe) -> tuple[float, float]:
+    """Weights of the autoencoder, and what the published ones are scaled by: the square of the width."""
     net = recipe.autoencoder.net
     if isinstance(net, DCAENet):
         width = net.widths[0]
     else:
         width = net.ch if net.kind == "opensora_v1_3" else net.block_out_channels[0]
     scale = (width / PUBLISHED_WIDTH) ** 2
-    whole = AUTOENCODER_WEIGHTS[net.kind]
-    trained = {"all": whole, "spatial": SPATIAL_WEIGHTS, "temporal": whole - SPATIAL_WEIGHTS}[stage.part]
-    return whole * scale, trained * scale
+    return AUTOENCODER_WEIGHTS[net.kind] * scale, scale
 
 
 # --- activations --------------------------------------------------------------------------------------------------

@@ -327,7 +327,8 @@ def _bucket(recipe: Recipe, stage: sections.Stage, cell: Cell, share: float) -> 
     bucket, size, text = stage.buckets[resolution][frames], _nominal(recipe, resolution), recipe.text.max_tokens
     visual = recipe.strides.tokens(size, frames)
     forward = float(counts.block_flops(recipe.network, recipe.strides.grid(size, frames), text))
-    samples = bucket.batch * stage.engine.accumulate / stage.engine.sequence_parallel
+    batches = stage.engine.micro_batches(stage.data_ranks) * stage.data_ranks
+    samples = bucket.batch * batches / stage.compute.devices
     recomputed = forward * recomputed_fraction(recipe.network, stage.engine.checkpoint_blocks)
     return BucketPlan(
         resolution=resolution,

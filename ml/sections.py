@@ -3,7 +3,7 @@
 Everything is frozen and refuses unknown keys. A section says what is wanted; `ml/recipe.py` checks that sections agree.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -169,7 +169,44 @@ class Adam(Section):
         return self
 
 
-class AutoencoderStage(Section):
+# What a phase costs, how often it saves and looks, and how work is spread over ranks changes nothing that is learned.
+NOT_LEARNED: dict[str, Any] = {
+    **dict.fromkeys(
+        ("compute", "published", "utilisation", "checkpoint_every", "keep_checkpoints", "validation", "survival"), True
+    ),
+    "loading": {"workers", "ahead", "timeout_seconds"},
+    "engine": set(Engine.model_fields) - {"precision", "grad_clip", "accumulate", "batches_per_step", "fp8"},
+}
+
+
+class Phase(Section):
+    """What every training phase has, of the transformer or the autoencoder."""
+
+    name: Name
+    tier: Name
+    steps: Positive
+    optimizer: Adam
+    ema_decay: Fraction | None
+    checkpoint_every: Positive
+    keep_checkpoints: Positive
+    engine: Engine
+    guard: Guard = Guard()
+    loading: Loading = Loading()
+    survival: Survival = Survival()
+    compute: Compute
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """Everything that decides what is learned: another value makes another checkpoint."""
+        return self.model_dump(mode="json", exclude=NOT_LEARNED)
+
+    @property
+    def data_ranks(self) -> int:
+        """Groups of ranks that take different batches."""
+        return max(1, self.compute.ranks // self.engine.model_ranks)
+
+
+class AutoencoderStage(Phase):
     """One training phase of the autoencoder.
 
     `part` is what is trained: all of it, or one half of a two-stage network while the other stands still. A batch is
@@ -177,35 +214,38 @@ class AutoencoderStage(Section):
     where `random_frames` is set.
     """
 
-    name: Name
-    tier: Name
     part: Literal["all", "spatial", "temporal"] = "all"
-    steps: Positive
     resolution: str
     frames: Positive
     random_frames: bool = False
     image_fraction: Fraction
     batch: Positive
-    optimizer: Adam
     ema_decay: Fraction | None = None
-    loss: AutoencoderLoss
-    checkpoint_every: Positive
     keep_checkpoints: Positive = 2
+    loss: AutoencoderLoss
     engine: Engine = Engine(
         kind="plain", precision="fp32", grad_clip=1.0, accumulate=1, sequence_parallel=1, checkpoint_blocks=(0, 0)
     )
-    guard: Guard = Guard()
-    loading: Loading = Loading()
-    survival: Survival = Survival()
-    compute: Compute
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        """The adversary weighs itself by gradients of the last layer, which a sharded network does not keep."""
+        """It is trained whole, or cut by tensor_parallel, and without the levers of the transformers' blocks.
+
+        The adversary weighs itself by gradients of the last layer, which a sharded network does not keep. Blocks of
+        an autoencoder cannot be made again, have few linear layers, and not all of them compile (torch 2.13 fails on
+        2.0's convolutions of padded time).
+        """
         if self.engine.sharding != "none" or self.engine.model_ranks > self.engine.tensor_parallel:
             raise ValueError(
                 f"{self.name}: an autoencoder is trained whole or cut by tensor_parallel: set engine.sharding to none, "
                 "sequence_parallel and pipeline_parallel to 1"
+            )
+        engine = self.engine
+        levers = {"checkpoint_blocks": engine.checkpoint_blocks != (0, 0), "compile": engine.compile, "fp8": engine.fp8}
+        if asked := [name for name, pulled in levers.items() if pulled]:
+            raise ValueError(
+                f"{self.name}: engine.{' and engine.'.join(asked)} work on blocks of transformers only: leave them out "
+                "of an autoencoder's engine"
             )
         return self
 
@@ -293,30 +333,18 @@ class Published(Section):
     source: str
 
 
-class Stage(Section):
+class Stage(Phase):
     """One training phase of the transformer, on the checkpoint of the phase before.
 
     `conditions` are the kinds of given frames and their weights, by the names of the generation
     (`ml.processes.KINDS`).
     """
 
-    name: Name
-    tier: Name
-    steps: Positive
     buckets: dict[str, dict[int, Bucket]]
     conditions: Annotated[dict[str, PositiveFloat], Field(min_length=1)]
-    optimizer: Adam
-    ema_decay: Fraction | None
-    checkpoint_every: Positive
-    keep_checkpoints: Positive
-    engine: Engine
     lora: Lora | None = None
-    guard: Guard = Guard()
-    loading: Loading = Loading()
-    survival: Survival = Survival()
     validation: Validation | None = None
     utilisation: Fraction
-    compute: Compute
     published: Published | None = None
 
 

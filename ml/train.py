@@ -6,7 +6,7 @@ that training was asked to stop and saved its place, so that calling it again go
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from ml.models.weights import CARD, WEIGHTS, Origin
 from ml.plan import PEAK_TFLOPS
 from ml.recipe import Recipe
 from ml.sampling.preview import Sampled
-from ml.sampling.requests import read_requests
 from ml.sections import AutoencoderStage, Compute, Stage
 from ml.training import report
 from ml.training.autoencoder_step import Reconstruction
@@ -43,6 +42,7 @@ from ml.training.objective import denoising
 from ml.training.online import Source, clip_dataset, latent_source, online_source
 from ml.training.optim import adamw, schedule
 from ml.training.plans import autoencoder_plan, stage_plan
+from ml.training.stopping import Asked, never
 from ml.training.trainer import Aids, Trainer
 from ml.training.validation import Exam, Validator
 
@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one call; the exit code."""
     call = parse(argv, ("stage", "autoencoder"), "Train a stage of the transformer, or of the autoencoder.")
     with stopping(call.out, call.run_id) as end:
-        {"stage": train_stage, "autoencoder": train_autoencoder}[call.op](call)
+        {"stage": train_stage, "autoencoder": train_autoencoder}[call.op](call, end.asked)
     return end.code
 
 
-def train_stage(call: Call) -> None:
+def train_stage(call: Call, asked: Asked = never) -> None:
     """Train one transformer stage from the stage before (`--input init=`), or from the recipe's seed.
 
     It reads latents, or clips that it encodes itself, as `stage.loading.source` says.
@@ -63,7 +63,7 @@ def train_stage(call: Call) -> None:
     recipe, stage = call.recipe, call.recipe.stage(call.option("stage"))
     call.log.params({**report.params(stage), **report.params(recipe.network, "model.")})
     plan, engine = stage_plan(recipe, stage, call.out), make_engine(stage.engine, stage.compute)
-    source = source_of(call, stage, plan.seed, engine.device)
+    source = source_of(call, stage, plan.seed, engine)
     network = starting_transformer(call, recipe)
     prepare(network, stage.engine)
     if stage.lora is not None:
@@ -72,22 +72,27 @@ def train_stage(call: Call) -> None:
     engine.setup(network, adamw(stage.optimizer), schedule(stage.optimizer, stage.steps))
     sizes = batch_sizes(source.groups, stage)
     sampler = BucketSampler(source.groups, sizes, plan.seed, engine.data_rank, engine.data_size)
-    beside = aids(call, engine, stage.compute, validator(call, stage, network, engine.device))
-    with BatchStream(sampler, source.load, stage.loading, pin=engine.device.type == "cuda") as stream:
-        trainer = Trainer(engine, objective, stream, plan, beside)
+    beside = aids(call, engine, stage.compute, asked, validator(call, stage, network, engine))
+    stream = BatchStream(sampler, source.load, stage.loading, pin=engine.device.type == "cuda")
+    with stream, Trainer(engine, objective, stream, plan, beside) as trainer:
         trainer.fit()
-    weights = trainer.weights()
-    if engine.is_main:
-        finished = starting_transformer(call, recipe)
-        if stage.lora is not None:
-            save_adapter(call.out / "adapter", stage.lora, weights)
-        trained = weights if stage.lora is None else merged(finished, stage.lora, weights)
-        save_network(call.out, finished, Origin(recipe.id, stage.name), trained)
-        finish(call, trainer, weights, {"exported": "ema" if trainer.ema else "raw"})
-    engine.close()
+        weights = trainer.weights()
+        if engine.is_main:
+            export(call, stage, weights)
+            finish(call, trainer, weights, {"exported": "ema" if trainer.ema else "raw"})
+        engine.close()
 
 
-def train_autoencoder(call: Call) -> None:
+def export(call: Call, stage: Stage, weights: Mapping[str, Tensor]) -> None:
+    """Write what was trained as the whole network of the stage; adapters by themselves too."""
+    finished = starting_transformer(call, call.recipe)
+    if stage.lora is not None:
+        save_adapter(call.out / "adapter", stage.lora, weights)
+    trained = weights if stage.lora is None else merged(finished, stage.lora, weights)
+    save_network(call.out, finished, Origin(call.recipe.id, stage.name), trained)
+
+
+def train_autoencoder(call: Call, asked: Asked = never) -> None:
     """Train one autoencoder stage on clip files, then measure how its latents are normalised."""
     recipe, stage = call.recipe, call.recipe.autoencoder_stage(call.option("stage"))
     call.log.params(report.params(stage))
@@ -99,47 +104,52 @@ def train_autoencoder(call: Call) -> None:
     sampler = BucketSampler(groups, dict.fromkeys(groups, stage.batch), plan.seed, engine.data_rank, engine.data_size)
     lpips = load_lpips(lpips_weights(call)).to(engine.device) if stage.loss.perceptual else None
     objective = Reconstruction(stage.loss, lpips, plan.seed)
-    with BatchStream(sampler, clips.load, stage.loading, pin=engine.device.type == "cuda") as stream:
-        trainer = Trainer(engine, objective, stream, plan, aids(call, engine, stage.compute))
+    stream = BatchStream(sampler, clips.load, stage.loading, pin=engine.device.type == "cuda")
+    with stream, Trainer(engine, objective, stream, plan, aids(call, engine, stage.compute, asked)) as trainer:
         trainer.fit()
-    weights = trainer.weights()
-    if engine.is_main:
-        finished = starting_autoencoder(call, recipe, stage)
-        finished.load_state_dict(weights, strict=False)
-        videos = (clips.load(batch) for batch in sampler.first_epoch())
-        finished.latent = recipe.autoencoder.latent or measured_latent(finished.eval(), recipe.autoencoder.kind, videos)
-        save_autoencoder(call.out, finished, recipe.autoencoder.net, Origin(recipe.id, stage.name))
-        finish(call, trainer, weights, {"latent": finished.latent.model_dump(mode="json")})
-    engine.close()
+        weights = trainer.weights()
+        if engine.is_main:
+            finished = starting_autoencoder(call, recipe, stage)
+            finished.load_state_dict(weights, strict=False)
+            videos = (clips.load(batch) for batch in sampler.first_epoch())
+            finished.latent = latent_of(finished.eval().to(engine.device), recipe, videos)
+            save_autoencoder(call.out, finished, recipe.autoencoder.net, Origin(recipe.id, stage.name))
+            finish(call, trainer, weights, {"latent": finished.latent.model_dump(mode="json")})
+        engine.close()
 
 
-def source_of(call: Call, stage: Stage, seed: int, device: torch.device) -> Source:
+def latent_of(autoencoder: VideoAutoencoder, recipe: Recipe, videos: Iterable[Tensor]) -> Latent:
+    """How latents are normalised: as the recipe says, or as measured."""
+    return recipe.autoencoder.latent or measured_latent(autoencoder, recipe.autoencoder.kind, videos)
+
+
+def source_of(call: Call, stage: Stage, seed: int, engine: Engine) -> Source:
     """Where the batches of a transformer stage come from."""
     recipe = call.recipe
     if stage.loading.source == "latents":
         return latent_source(LatentDataset(call.input("latents")), stage)
-    autoencoder, text = encoders(call, device)
+    autoencoder, text = encoders(call, engine)
     clips = clip_dataset(recipe, stage, call.input("dataset"), call.workspace)
     return online_source(recipe, stage, clips, seed, autoencoder, text)
 
 
-def encoders(call: Call, device: torch.device) -> tuple[VideoAutoencoder, TextEncoder]:
-    """The frozen autoencoder and text encoder of the recipe, on a device."""
-    autoencoder = open_autoencoder(call.recipe, call.input("autoencoder")).to(device)
-    text = build_text_encoder(call.recipe.text, Workspace(call.workspace).cache / "text", str(device))
-    return autoencoder, text
+def encoders(call: Call, engine: Engine) -> tuple[VideoAutoencoder, TextEncoder]:
+    """The frozen autoencoder and text encoder of the recipe, on the device; their weights cut over tensor ranks."""
+    autoencoder, cache = open_autoencoder(call.recipe, call.input("autoencoder")), Workspace(call.workspace).cache
+    engine.cut(autoencoder)
+    text = build_text_encoder(call.recipe.text, cache / "text", str(engine.device), engine.cut)
+    return autoencoder.to(engine.device), text
 
 
-def validator(call: Call, stage: Stage, network: Network, device: torch.device) -> Validator | None:
+def validator(call: Call, stage: Stage, network: Network, engine: Engine) -> Validator | None:
     """The look at training that a stage asks for; held-out latents and, for samples, the autoencoder are inputs."""
     section = stage.validation
     if section is None:
         return None
     preview = None
-    if section.samples:
-        autoencoder, text = encoders(call, device)
-        prompts = [request.prompt for request in read_requests(call.input("prompts") / "prompts.json")]
-        preview = Sampled(call.recipe, stage, prompts, autoencoder, text)
+    if section.prompts:
+        autoencoder, text = encoders(call, engine)
+        preview = Sampled(call.recipe, stage, autoencoder, text)
     exam = Exam.of(call.recipe, stage, LatentDataset(call.input("latents")), preview)
     return Validator(network, section.every, exam, call.out, call.log)
 
@@ -172,11 +182,11 @@ def autoencoder_clips(call: Call, recipe: Recipe, stage: AutoencoderStage, seed:
     return AutoencoderClips(ClipDataset(call.input("dataset"), call.workspace, bucketing), stage, seed, lengths)
 
 
-def aids(call: Call, engine: Engine, compute: Compute, look: Validator | None = None) -> Aids:
-    """What stands beside the loop: log, meter, and a look at the weights."""
+def aids(call: Call, engine: Engine, compute: Compute, asked: Asked, look: Validator | None = None) -> Aids:
+    """What stands beside the loop: log, meter, a look at the weights, and who asks it to stop."""
     accelerator = compute.accelerators.split(":")[0]
     per_rank = PEAK_TFLOPS[accelerator] * 1e12 * compute.devices / engine.size
-    return Aids(call.log, Meter(per_rank, engine.size), look, call.run_id)
+    return Aids(call.log, Meter(per_rank, engine.size), look, call.run_id, asked)
 
 
 def finish(call: Call, trainer: Trainer, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -124,7 +124,7 @@ def plan_table(planned: StagePlan, stage: Stage, recipe: Recipe) -> Table:
     hours, ranks = planned.gpu_hours / planned.devices, stage.compute.ranks
     rows = (
         ("steps", f"{stage.steps:,}, a checkpoint every {stage.checkpoint_every:,}"),
-        ("buckets", f"{buckets} of {', '.join(stage.buckets)}; {show.figure(planned.tokens)} tokens a sample"),
+        ("buckets", f"{buckets} of {', '.join(stage.buckets)}; {show.figure(planned.tokens)} tokens an example"),
         ("devices", f"{devices}, {ranks} rank{'s' * (ranks > 1)} ({stage.engine.kind}{shared})"),
         ("hours", f"{show.figure(hours)}, or {show.figure(planned.gpu_hours)} device-hours"),
         ("dollars", f"${show.figure(planned.usd)} at ${planned.usd_per_device_hour:.2f} a device-hour"),
@@ -140,8 +140,10 @@ def memory_table(look: Look) -> Table:
     table = _table(f"Memory of {look.where}", "at the widest moment of a step", "GiB")
     for name, size in _parts(found):
         table.add_row(name, _gib(size))
-    sample = found.activations
-    table.add_row(f"activations of {found.batch} x ({resolution}, {frames} f)", _gib(found.batch * sample.peak))
+    example = found.activations
+    table.add_row(f"activations of {found.batch} x ({resolution}, {frames} f)", _gib(found.batch * example.peak))
+    if found.encoders:
+        table.add_row("autoencoder and text encoder (weights; their work is not counted)", _gib(found.encoders))
     if found.buffers:
         table.add_row("buffers for gathering and reducing", _gib(found.buffers))
     table.add_row("interpreter" if look.stage.compute.on_cpu else "CUDA and NCCL (assumed)", _gib(found.overhead))
@@ -149,23 +151,33 @@ def memory_table(look: Look) -> Table:
     colour = "green" if look.fits else "red"
     table.add_row("total", f"[{colour}]{_gib(found.total)}[/]")
     table.add_row("available", _gib(look.space))
-    if sample.host:
-        table.add_row("on the host, parked", _gib(found.batch * sample.host))
+    if example.host:
+        table.add_row("on the host, parked", _gib(found.batch * example.host))
     return table
 
 
 def batch_table(look: Look) -> Table:
     """The largest batch of every bucket beside the recipe's."""
-    table = _table("Largest batches", "bucket", "GiB a sample")
+    how, largest = _largest(look)
+    table = _table(f"Largest batches, {how}", "bucket", "GiB an example")
     table.add_column("in the recipe", justify="right")
     table.add_column("fits", justify="right")
     for cell in m.cells(look.stage):
-        found = m.memory(look.recipe, look.stage, cell)
-        most = m.largest_batch(look.recipe, look.stage, cell, look.space)
+        found, most = m.memory(look.recipe, look.stage, cell), largest[cell]
         colour = "green" if most >= found.batch else "red"
         size = f"{found.activations.peak / m.GIB:.3g}"
         table.add_row(f"{cell[0]}, {cell[1]} f", size, f"{found.batch:,}", f"[{colour}]{most:,}[/]")
     return table
+
+
+def _largest(look: Look) -> tuple[str, dict[tuple[str, int], int]]:
+    """How the largest batches were found (by real steps where this is the one GPU asked for), and what they are."""
+    if isinstance(look.stage, Stage):
+        from ml.training.batch_search import batch_sizes  # brings torch
+
+        found = batch_sizes(look.recipe, look.stage, look.space)
+        return found.how, {(name, frames): n for name, sizes in found.sizes.items() for frames, n in sizes.items()}
+    return "predicted", {c: m.largest_batch(look.recipe, look.stage, c, look.space) for c in m.cells(look.stage)}
 
 
 def _parts(found: m.Memory) -> Iterator[tuple[str, float]]:

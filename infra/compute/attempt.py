@@ -60,7 +60,8 @@ class Outcome:
 class Attempts:
     """Runs tasks on one launcher, one MLflow run an attempt; `say` gets the log line by line while a task runs.
 
-    A task with `retries` is started again after an ending that may not come again, first after `pause_seconds`.
+    A task that resumes is started again after an ending that may not come again, first after `pause_seconds`, up to
+    its `retries`; its attempts belong to one parent run.
     """
 
     launcher: Launcher
@@ -77,7 +78,7 @@ class Attempts:
         for.
         """
         self.tracker.check()
-        if not task.retries:
+        if task.retries is None:
             return self._attempt(task)
         with parent_run(self.tracker, task) as parent:
             for number, pause in enumerate(pauses(self.pause_seconds, task.retries), 1):

@@ -36,6 +36,13 @@ SAME_PROCESS_SECONDS = 2.0
 # when torch loads, so that the task itself is too late to set it.
 SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 
+# Ranks of one machine are reached from there alone: gloo listens on loopback, and torchrun leaves it to rank 0 to serve
+# what the ranks know of each other (`ml.engines.world`), as its own server listens on every network.
+ONE_MACHINE = {
+    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
 
 @dataclass(frozen=True)
 class LocalLauncher:
@@ -50,7 +57,15 @@ class LocalLauncher:
     pause_seconds: ClassVar[float] = 1.0
 
     def submit(self, task: Task, run_id: str, tracking_uri: str) -> Handle:
-        """Start the task under its supervisor; raises ComputeError if the folder has a living attempt already."""
+        """Start the task under its supervisor.
+
+        Raises ComputeError for a task of several nodes, and if the folder has a living attempt already.
+        """
+        if task.resources.nodes > 1:
+            raise ComputeError(
+                f"{task.name} asks for {task.resources.nodes} nodes, the local launcher has this machine: set "
+                "OPENSORA_LAUNCHER=skypilot, or compute.nodes to 1"
+            )
         out = task.out.absolute()
         log = out / LOG
         offset = log.stat().st_size if log.is_file() else 0
@@ -166,8 +181,9 @@ def _spawn(command: list[str], root: Path, environment: dict[str, str]) -> int:
 
 def _environment(task: Task) -> dict[str, str]:
     """What the task inherits; its ranks share the cores, where the user has not said otherwise."""
-    cores = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // task.processes))} if task.processes > 1 else {}
-    return {**cores, **os.environ, **TELEMETRY_OFF, **SHARED_CORES}
+    threads = str(max(1, (os.cpu_count() or 1) // task.processes))
+    ranks = {"OMP_NUM_THREADS": threads, **ONE_MACHINE} if task.processes > 1 else {}
+    return {**ranks, **os.environ, **TELEMETRY_OFF, **SHARED_CORES}
 
 
 def _checked(handle: Handle) -> dict[str, Any]:

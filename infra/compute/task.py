@@ -26,6 +26,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 TORCHRUN_MARGIN_SECONDS = 5
 # What a training has to save its place: the notice that AWS gives before it takes a spot machine away.
 SAVE_SECONDS = 120.0
+LOOPBACK = "127.0.0.1"
 
 Status = Literal["running", "succeeded", "failed", "preempted", "lost"]
 TAIL_LINES = 60
@@ -100,8 +101,8 @@ class Task:
     `name` is the step path (`v2_0-tiny/dit_stage1`); the folder name of `out` is the digest of the step's inputs.
     `purpose` is the ledger's word for what the money is spent on; `tags` go to the run as they are. More than one of
     `processes` on a node are ranks of torchrun. A task that resumes where it stopped may be started again by itself, up
-    to `retries` times; one that is asked to stop has `grace_seconds` to save its place. Raises ComputeError for fewer
-    than one process.
+    to `retries` times, and its attempts share a parent run (None: it does not resume); one that is asked to stop has
+    `grace_seconds` to save its place. Raises ComputeError for fewer than one process.
     """
 
     name: str
@@ -113,7 +114,7 @@ class Task:
     experiment: str
     tags: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
-    retries: int = 0
+    retries: int | None = None
     grace_seconds: float = GRACE_SECONDS
 
     def __post_init__(self) -> None:
@@ -135,8 +136,10 @@ class Task:
 
     def command(self, python: str, run_id: str, tracking_uri: str) -> tuple[str, ...]:
         """The argument list that runs this task on one node under `python` and logs to run `run_id`."""
-        alone = ("--standalone", "--nnodes", "1", *self.torchrun) if self.processes > 1 else ()
-        ranks = ("-m", "torch.distributed.run", *alone) if alone else ()
+        # What torch serves over TCP listens on every network of the host, so that its agent meets nobody but in a file.
+        met = ("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-id", run_id)
+        alone = ("--nnodes", "1", *met, "--local-addr", LOOPBACK, *self.torchrun)
+        ranks = ("-m", "torch.distributed.run", *alone) if self.processes > 1 else ()
         return (python, *ranks, *self.program(run_id, tracking_uri))
 
     def program(self, run_id: str, tracking_uri: str) -> tuple[str, ...]:

@@ -27,6 +27,10 @@ class LoaderError(RuntimeError):
     """A batch that could not be read, with its examples and what to do."""
 
 
+class ReaderLost(LoaderError):  # noqa: N818 (it says what happened)
+    """A reader that died or fell silent: another attempt may read what this one could not."""
+
+
 @dataclass(frozen=True)
 class Failed:
     """What stands for the data of a batch that `load` failed on; the exception itself may not leave its process."""
@@ -130,7 +134,7 @@ class ProcessReader:
                 return next(self._loader)
             except (RuntimeError, OSError, EOFError) as error:
                 if "timed out" not in str(error):
-                    raise LoaderError(
+                    raise ReaderLost(
                         f"{named(batch)} was being read when a worker of the loader died ({error}): look for the "
                         "kernel's out-of-memory killer, lower loading.workers or loading.ahead, and start again: "
                         "training goes on from its last checkpoint"
@@ -161,7 +165,7 @@ def named(batch: Batch) -> str:
 
 def silent(batch: Batch, seconds: float) -> LoaderError:
     """The error of a reader that gave nothing for too long."""
-    return LoaderError(
+    return ReaderLost(
         f"{named(batch)} has not been read within {seconds:g} seconds: look whether its files can be read at all "
         "(storage that hangs), or raise loading.timeout_seconds; training goes on from its last checkpoint"
     )

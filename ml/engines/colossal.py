@@ -3,12 +3,14 @@
 Ranks of one sequence group are replicas here: they average gradients with the data ranks (`World.replicas`), and the
 network's `sp` seam cuts the tokens. Masters are fp32 in either precision; under ZeRO each rank holds one flat piece of
 each, padded to a length that the ranks divide. The norm and the clipping are ours, over tensor ranks too, and a step
-that is not finite reaches no optimizer.
+that is not finite reaches no optimizer. A pipeline (`ml.engines.pipeline`) talks through ColossalAI's point-to-point.
 """
 
 import gc
+import logging
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -19,8 +21,9 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import ProcessGroup
 
 from ml.engines.blocks import parallel
+from ml.engines.pipeline import Stage, cut_
 from ml.engines.plain import DTYPES, PlainEngine, trained
-from ml.engines.protocol import EngineError, MakeOptimizer, MakeScheduler
+from ml.engines.protocol import EngineError, MakeOptimizer, MakeScheduler, Tensors
 from ml.engines.reduction import InOrder
 from ml.engines.world import World
 from ml.methods import Engine as EngineSection
@@ -28,19 +31,27 @@ from ml.methods import Engine as EngineSection
 STAGES = {"none": 0, "zero1": 1, "zero2": 2}
 INSTALL = "pip install --no-deps colossalai==0.5.0"
 
+log = logging.getLogger(__name__)
+
 
 def make_colossal(section: EngineSection, device: torch.device, world: World) -> "ColossalEngine":
     """The engine, ready for `setup`.
 
-    Raises EngineError when colossalai is not installed, and where it is asked for pipeline parallelism.
+    Raises EngineError when colossalai is not installed, and where a pipeline is to go together with what it does not.
     """
-    if section.pipeline_parallel > 1:
+    if section.pipeline_parallel == 1:
+        _prepare(device)
+        return ColossalEngine(section, device, world)
+    if section.sequence_parallel * section.tensor_parallel > 1:
         raise EngineError(
-            f"engine colossal cuts no network into pipeline stages (pipeline_parallel is {section.pipeline_parallel}): "
-            f"set it to 1, and save memory by zero2, sequence_parallel or tensor_parallel"
+            f"pipeline_parallel ({section.pipeline_parallel}) goes together with data ranks only: set "
+            f"sequence_parallel ({section.sequence_parallel}) and tensor_parallel ({section.tensor_parallel}) to 1, or "
+            f"pipeline_parallel to 1"
         )
     _prepare(device)
-    return ColossalEngine(section, device, world)
+    if world.rank == 0:
+        log.warning("pipeline_parallel is experimental: its stages take turns, so it saves memory and no time")
+    return PipelineEngine(section, device, world)
 
 
 class ColossalEngine(PlainEngine):
@@ -150,10 +161,19 @@ class ColossalEngine(PlainEngine):
         """Of whole weights and of cut ones, in fp32: under ZeRO the pieces that this rank will update."""
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         for name, weight in self._weights.items():
-            found = self._boosted.get_working_grad_by_param_id(id(weight)) if self._stage else weight.grad
+            found = self._found(weight)
             if found is not None:
-                parts[name in self._cuts].append(found.float())
+                parts[self._apart(name)].append(found.float())
         return parts
+
+    def _found(self, weight: nn.Parameter) -> Tensor | None:
+        """The live gradient of a weight, or this rank's piece of it."""
+        gradient: Tensor | None = self._boosted.get_working_grad_by_param_id(id(weight)) if self._stage else weight.grad
+        return gradient
+
+    def _apart(self, name: str) -> bool:
+        """Whether other ranks of this one's group of the model hold something else of a weight than this one."""
+        return name in self._cuts
 
     def _joined(self, name: str, shard: Tensor) -> Tensor:
         return super()._joined(name, self._replicated(name, shard))
@@ -187,6 +207,67 @@ class ColossalEngine(PlainEngine):
         """Put the masters, joined and rounded, into the network's weights."""
         for name, weight in self._weights.items():
             weight.copy_(self._replicated(name, self._masters[name]))
+
+
+class PipelineEngine(ColossalEngine):
+    """Data x pipeline ranks: each holds one stage of the network, and the optimizer's state of it."""
+
+    _part: Stage
+
+    def setup(self, model: nn.Module, optimizer: MakeOptimizer, scheduler: MakeScheduler) -> None:
+        """Cut the model, then boost this rank's stage of it. Together."""
+        assert self.world.pipeline is not None
+        shapes = {name: tuple(weight.shape) for name, weight in trained(model).items()}
+        self._part = cut_(model, self.world.pipeline, self._wire())
+        super().setup(model, optimizer, scheduler)
+        self._shapes = shapes
+
+    def step(self) -> float:
+        """Add up what the stages found for the weights that all of them hold; then as without a pipeline."""
+        for name, weight in self._weights.items():
+            gradient = self._found(weight)
+            if gradient is None or self._apart(name):
+                continue
+            found = gradient.float()
+            dist.all_reduce(found, group=self.world.pipeline)
+            gradient.copy_(found)
+        return super().step()
+
+    def gather(self, shards: Mapping[str, Tensor], spread: bool = False) -> Tensors:
+        """Copies on the CPU, of the weights of all stages."""
+        names = self._part.names(list(shards))
+        # What another stage holds gets its room when its turn comes.
+        laid = {name: torch.empty(self._shapes[name], device="meta") for name in names} | {**shards}
+        return super().gather({name: laid[name] for name in self._shapes if name in names}, spread)
+
+    def scatter(self, full: Mapping[str, Tensor]) -> Tensors:
+        """Copies on the device, of this stage's weights."""
+        return {name: self._cut(name, full[name]).to(self.device, copy=True) for name in full if name in self._masters}
+
+    def _wire(self) -> Any:
+        """ColossalAI's talk between stages. Together."""
+        from colossalai.cluster import ProcessGroupMesh
+        from colossalai.pipeline import p2p
+        from colossalai.pipeline.stage_manager import PipelineStageManager
+
+        # Theirs asks torch for hccl, which torch may not know, and does not see NCCL in a group that has gloo too.
+        p2p._check_for_nccl_hccl_backend = lambda group: self.device.type == "cuda"
+        mesh = ProcessGroupMesh(self.data_size, self.size // self.data_size)
+        return p2p.PipelineP2PCommunication(PipelineStageManager(mesh, 1), overlap_p2p=False)
+
+    def _norm(self) -> Tensor:
+        sharded = self._stage > 0 and self.world.replicas is not None
+        # Weights that all stages hold count once.
+        shared, own = (self._root([part], sharded).square() for part in self._gradients())
+        dist.all_reduce(own, group=self.world.pipeline)
+        return (shared + own).sqrt()
+
+    def _apart(self, name: str) -> bool:
+        return self._part.owner(name) is not None
+
+    def _joined(self, name: str, shard: Tensor) -> Tensor:
+        full = None if shard.is_meta else super()._joined(name, shard)
+        return self._part.spread(name, full, self._shapes[name], self.device)
 
 
 def _prepare(device: torch.device) -> None:

@@ -1,4 +1,7 @@
-"""The plain engine: one device, or data parallel by torch's DDP. The embedded default, and every engine's reference.
+"""The plain engine: one device, or data x sequence x tensor ranks. The embedded default, and every engine's reference.
+
+Replicas (data x sequence ranks) average gradients by torch's DDP; `ml.engines.blocks.parallel` cuts the network over
+sequence and tensor ranks first.
 
 In bf16 the model's weights are bf16 and the masters fp32, as ZeRO does it: gradients are added up in fp32, the update
 is made on the masters, and the weights are their rounded copy.
@@ -23,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ml.engines.blocks import Prepare, whole
 from ml.engines.protocol import Cut, EngineError, MakeOptimizer, MakeScheduler, Moments, Tensors
+from ml.engines.tensor import shard_
 from ml.engines.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -171,6 +175,11 @@ class PlainEngine:
     def publish(self) -> None:
         """Let the model compute with the masters as they are now."""
         self._publish()
+
+    def cut(self, network: nn.Module) -> None:
+        """Cut a frozen network over the tensor ranks."""
+        if self.world.tensor is not None:
+            shard_(network, self.world.tensor)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -143,6 +143,13 @@ class Engine(Protocol):
         """Let the model compute with the masters as they are now, after they were written to. Together."""
         ...
 
+    def cut(self, network: nn.Module) -> None:
+        """Cut a frozen network over the tensor ranks, in place, before it goes to the device; nothing without them.
+
+        All tensor ranks of a group must then give it the same inputs, at the same point. Together.
+        """
+        ...
+
     def barrier(self) -> None:
         """Wait for all ranks. Together."""
         ...

@@ -7,6 +7,7 @@ channels of their convolutions, which are joined again at once: weights and work
 `shard_` replaces weights in place, under their names; a `Cut` says how a full weight and its shards belong together.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,9 @@ from ml.engines.protocol import EngineError
 from ml.models.autoencoders.autoencoder import VideoAutoencoder
 from ml.models.layers import QKNorm
 from ml.models.mmdit_blocks import DoubleBlock, SingleBlock, StreamAttention
-from ml.models.stdit_layers import Attention, Mlp, MultiHeadCrossAttention, WeightedRMSNorm
+from ml.models.stdit_layers import Mlp, MultiHeadCrossAttention, Projections, WeightedRMSNorm
+
+T5 = "transformers.models.t5.modeling_t5"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ def shard_(network: nn.Module, group: ProcessGroup) -> Mapping[str, Cut]:
     if not cutter.cuts:
         raise EngineError(f"tensor_parallel: nothing in {type(network).__name__} can be cut; set it to 1")
     return cutter.cuts
+
+
+def t5_layers() -> tuple[type[nn.Module], ...]:
+    """The layers of transformers' T5 that are cut; none where nothing has loaded it, as then there is no T5."""
+    if T5 not in sys.modules:
+        return ()
+    module = sys.modules[T5]
+    return module.T5Attention, module.T5DenseGatedActDense
 
 
 class RowLinear(nn.Module):
@@ -102,14 +113,14 @@ class _Cutter:
             StreamAttention: self._stream,
             DoubleBlock: self._double,
             SingleBlock: self._single,
-            Attention: self._attention,
+            Projections: self._attention,
             MultiHeadCrossAttention: self._cross,
             Mlp: self._mlp,
         }
         for kind, cut in kinds.items():
             if isinstance(module, kind):
                 cut(name, module)
-        if type(module).__name__ in ("T5Attention", "T5DenseGatedActDense"):
+        if isinstance(module, t5_layers()):
             self._t5(name, module)
         if convolutions and isinstance(module, nn.Conv2d | nn.Conv3d):
             self._convolution(name, module)
@@ -138,7 +149,7 @@ class _Cutter:
         block.heads = self._heads(name, block.heads)
         block.width = width // self.size
 
-    def _attention(self, name: str, attention: Attention) -> None:
+    def _attention(self, name: str, attention: Projections) -> None:
         self._columns(name, attention, ("qkv",), thirds=3)
         self._rows(name, attention, "proj")
         for norm in ("q_norm", "k_norm"):
@@ -158,7 +169,7 @@ class _Cutter:
 
     def _t5(self, name: str, module: Any) -> None:
         """A layer of transformers' T5, whose relative positions have a column for every head."""
-        if type(module).__name__ == "T5DenseGatedActDense":
+        if "wo" in module._modules:
             self._columns(name, module, ("wi_0", "wi_1"))
             self._rows(name, module, "wo")
             return

@@ -1,10 +1,11 @@
 """Who a process is among the ranks of a training, and the groups it talks in. Everything about ranks lives here.
 
-Tensor ranks are neighbours, then sequence, then data:
-rank = (data_rank * sequence_parallel + sequence_rank) * tensor_parallel + tensor_rank.
+Tensor ranks are neighbours, then sequence, then pipeline, then data: rank =
+((data_rank * pipeline_parallel + pipeline_rank) * sequence_parallel + sequence_rank) * tensor_parallel + tensor_rank.
 """
 
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ from ml.methods import Engine
 # A collective that waits longer than this has lost a rank; the watch of a training (survival.hang_seconds) looks
 # first and says more.
 TIMEOUT = timedelta(minutes=60)
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class World:
     """The place of this process; `World()` is a process by itself.
 
     `replicas` are the ranks that hold the same weights (data x sequence): gradients are averaged there. `data`,
-    `sequence` and `tensor` differ from this rank in that coordinate alone. A group of one rank is None.
+    `sequence`, `tensor` and `pipeline` (stages, first to last) differ from this rank in that coordinate alone. A group
+    of one rank is None.
     """
 
     rank: int = 0
@@ -37,10 +40,12 @@ class World:
     data_size: int = 1
     sequence_rank: int = 0
     tensor_rank: int = 0
+    pipeline_rank: int = 0
     replicas: ProcessGroup | None = None
     data: ProcessGroup | None = None
     sequence: ProcessGroup | None = None
     tensor: ProcessGroup | None = None
+    pipeline: ProcessGroup | None = None
 
     @classmethod
     def join(cls, section: Engine, device: torch.device) -> Self:
@@ -61,16 +66,19 @@ class World:
         if not dist.is_initialized():
             # Small numbers and plain data travel between hosts, whatever the tensors do.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
-        return cls._cut(section.sequence_parallel, section.tensor_parallel * section.pipeline_parallel)
+            on = device if device.type == "cuda" else None
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=on, **_met())
+        return cls._cut(section)
 
     @classmethod
-    def _cut(cls, sequence: int, tensor: int) -> Self:
+    def _cut(cls, section: Engine) -> Self:
         rank, size = dist.get_rank(), dist.get_world_size()
-        data = size // (sequence * tensor)
-        # [data, sequence, tensor] -> the rank there.
-        grid = torch.arange(size).view(data, sequence, tensor)
-        data_rank, sequence_rank, tensor_rank = (int(i) for i in (grid == rank).nonzero()[0])
+        data = size // section.model_ranks
+        # [data, pipeline, sequence, tensor] -> the rank there.
+        grid = torch.arange(size).view(
+            data, section.pipeline_parallel, section.sequence_parallel, section.tensor_parallel
+        )
+        data_rank, pipeline_rank, sequence_rank, tensor_rank = (int(i) for i in (grid == rank).nonzero()[0])
         return cls(
             rank,
             size,
@@ -78,10 +86,12 @@ class World:
             data,
             sequence_rank,
             tensor_rank,
-            replicas=_group(grid.permute(2, 0, 1).flatten(1)),
-            data=_group(grid.permute(1, 2, 0).flatten(0, 1)),
-            sequence=_group(grid.permute(0, 2, 1).flatten(0, 1)),
-            tensor=_group(grid.flatten(0, 1)),
+            pipeline_rank,
+            replicas=_group(grid.permute(1, 3, 0, 2).flatten(0, 1).flatten(1)),
+            data=_group(grid.permute(1, 2, 3, 0).flatten(0, 2)),
+            sequence=_group(grid.permute(0, 1, 3, 2).flatten(0, 2)),
+            tensor=_group(grid.flatten(0, 2)),
+            pipeline=_group(grid.permute(0, 2, 3, 1).flatten(0, 2)),
         )
 
     @property
@@ -120,6 +130,18 @@ class World:
         """Leave the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _met() -> dict[str, Any]:
+    """Where ranks meet: what torchrun serves, or on one host without that, what rank 0 serves on loopback alone."""
+    variables = os.environ
+    if variables.get("MASTER_ADDR") != LOOPBACK or variables.get("TORCHELASTIC_USE_AGENT_STORE") != "False":
+        return {}
+    rank, size, port = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    # torch's own socket would listen on every network of the host.
+    listener = socket.create_server((LOOPBACK, port)).detach() if rank == 0 else None
+    store = dist.TCPStore(LOOPBACK, port, size, rank == 0, master_listen_fd=listener)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def started() -> int:

@@ -5,13 +5,13 @@ Letters: B prompts, L tokens (`max_tokens`), D context size, P pooled size.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ml import sections
 from ml.models.inputs import Text
@@ -21,6 +21,7 @@ T5_FOLDER = "google/t5-v1_1-xxl"
 CLIP_FOLDER = "openai/clip-vit-large-patch14"
 # Open-Sora 2.0 gives CLIP its full length (om/text/conditioner.py, main).
 CLIP_TOKENS = 77
+Cut = Callable[[nn.Module], None]
 
 
 class TextEncoderError(RuntimeError):
@@ -40,16 +41,18 @@ class TextEncoder(Protocol):
         ...
 
 
-def build_text_encoder(text: sections.Text, weights: Path | None = None, device: str = "cpu") -> TextEncoder:
+def build_text_encoder(
+    text: sections.Text, weights: Path | None = None, device: str = "cpu", cut: Cut | None = None
+) -> TextEncoder:
     """The encoder that a recipe names; `weights` is the folder that holds T5 (and CLIP), which `minilm` does not need.
 
-    Raises TextEncoderError when weights are missing or of another size.
+    `cut` is done to T5 before it goes to the device: it may lay the weights over several ranks. Raises TextEncoderError when weights are missing or of another size.
     """
     if text.kind == "minilm":
         return MiniLM(text, packaged_minilm(), device)
     if weights is None:
         raise TextEncoderError(f"{text.kind} needs a folder that holds {T5_FOLDER} (t5_clip: {CLIP_FOLDER} too)")
-    return T5(text, weights / T5_FOLDER, weights / CLIP_FOLDER if text.kind == "t5_clip" else None, device)
+    return T5(text, weights / T5_FOLDER, weights / CLIP_FOLDER if text.kind == "t5_clip" else None, device, cut)
 
 
 class MiniLM:
@@ -91,7 +94,9 @@ class T5:
     is used, so the transformer learns what T5 says about padding (om/text/conditioner.py, main).
     """
 
-    def __init__(self, text: sections.Text, t5: Path, clip: Path | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, text: sections.Text, t5: Path, clip: Path | None = None, device: str = "cpu", cut: Cut | None = None
+    ) -> None:
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
         self.folders = [t5] if clip is None else [t5, clip]
@@ -100,7 +105,10 @@ class T5:
                 raise TextEncoderError(f"no text encoder at {folder}: put the {folder.parent.name}/{folder.name} there")
         self.text, self.device, self._clip = text, device, None
         self._t5_tokenizer = AutoTokenizer.from_pretrained(t5, local_files_only=True)
-        self._t5 = _frozen(T5EncoderModel.from_pretrained(t5, local_files_only=True), device)
+        network = T5EncoderModel.from_pretrained(t5, local_files_only=True)
+        if cut is not None:
+            cut(network)
+        self._t5 = _frozen(network, device)
         if clip is not None:
             self._clip_tokenizer = AutoTokenizer.from_pretrained(clip, local_files_only=True)
             self._clip = _frozen(CLIPTextModel.from_pretrained(clip, local_files_only=True), device)

@@ -27,15 +27,13 @@ class Sampled:
     `text` embeds the prompts once, here, and is not kept. The autoencoder is on the device that trains.
     """
 
-    def __init__(
-        self, recipe: Recipe, stage: Stage, prompts: Sequence[str], autoencoder: VideoAutoencoder, text: TextEncoder
-    ) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, autoencoder: VideoAutoencoder, text: TextEncoder) -> None:
         if stage.validation is None:
             raise ValueError(f"stage {stage.name} has no validation section")
         resolution, frames = shape_of(stage, recipe.sampling.frames)
         few = {"steps": stage.validation.sampling_steps, "loops": 1, "resolution": resolution, "frames": frames}
         self.recipe = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update=few)})
-        self.prompts, self.seed = tuple(prompts[: stage.validation.samples]), recipe.evaluation.seeds[0]
+        self.prompts, self.seed = stage.validation.prompts, recipe.evaluation.seeds[0]
         sampling = self.recipe.sampling
         said = [with_scores(loop_prompt(prompt, 0), sampling.score, sampling.fps) for prompt in self.prompts]
         self._text = Remembered(text, {*said, sampling.negative_prompt})

@@ -1,5 +1,6 @@
 """The discriminator of an adversarial term with its own optimizer: judges, learns, and resumes exactly."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,18 @@ class Adversary:
         return logits
 
     def learn(self, real: Tensor, fake: Tensor, engine: Engine) -> float:
-        """One update to tell the two apart, with the mean gradient of all ranks; returns the loss before it."""
+        """One update to tell the two apart, with the mean gradient of all ranks; returns the loss before it.
+
+        Where the loss or the gradient is not finite on any rank, nothing is learned on all of them. Together.
+        """
         self._place(real.device)
         loss = discriminator_hinge(self.network(real), self.network(fake))
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = list(self.network.parameters())
         engine.average([_present(parameter) for parameter in parameters])
-        nn.utils.clip_grad_norm_(parameters, self.section.grad_clip)
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(parameters, self.section.grad_clip)
+        if all(map(math.isfinite, engine.total([float(loss.detach()), float(norm)]))):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 

@@ -41,7 +41,7 @@ Sizes = dict[str, dict[int, int]]
 
 @dataclass(frozen=True)
 class Found:
-    """Largest batches by resolution and frames, as a recipe's `buckets` name them; 0 = not even one sample fits."""
+    """Largest batches by resolution and frames, as a recipe's `buckets` name them; 0 = not even one example fits."""
 
     how: Literal["measured", "predicted"]
     sizes: Sizes
@@ -110,7 +110,7 @@ class RealStep:
         return cls(recipe, engine, objective, EMA(engine.masters(), 0.0) if stage.ema_decay is not None else None)
 
     def __call__(self, cell: Cell, count: int) -> float:
-        """Try so many samples of a bucket."""
+        """Try so many examples of a bucket."""
         generator = torch.Generator(self.engine.device).manual_seed(0)
         try:
             with measured(self.engine) as taken, self.engine.accumulate(last=True):
@@ -122,7 +122,7 @@ class RealStep:
                     self.engine.step()
                     self._warm = True
             return taken()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_oom(error):
                 raise
             return inf

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from infra.storage import atomic_write, sha256_of
@@ -38,6 +39,8 @@ from ml.training.tensor_files import TensorFiles, sync, write
 log = logging.getLogger(__name__)
 STATE, OBJECTIVE, PARTIAL = "state.json", "objective", ".partial"
 POLL_SECONDS = 0.05
+# How long ranks that have not written their part yet are waited for when training has failed.
+LAST_PATIENCE_SECONDS = 10.0
 
 
 class CheckpointError(ValueError):
@@ -157,8 +160,13 @@ class CheckpointStore:
         _restore_random(place / f"random-{_share(engine)}", engine)
         return Progress(state["step"], state["sampler"], state["ledger"])
 
-    def close(self) -> None:
-        """Let the write under way come to its end, whatever it is; asks no other rank."""
+    def close(self, failed: bool = False) -> None:
+        """Let the write under way come to its end, whatever it is; asks no other rank.
+
+        When training `failed`, ranks that have not written yet may be gone: they are waited for a moment only.
+        """
+        if failed:
+            self.patience_seconds = min(self.patience_seconds, LAST_PATIENCE_SECONDS)
         if self._writer is not None:
             self._writer.join()
 
@@ -185,7 +193,7 @@ class CheckpointStore:
             self._sweep()
             (partial / OBJECTIVE).mkdir(parents=True)
             objective.save(partial / OBJECTIVE)
-        except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError when a disk is full
             return self._give_up(partial, _said(error))
         return ""
 
@@ -254,12 +262,12 @@ class CheckpointStore:
     def _await_notes(self, partial: Path) -> list[dict[str, Any]]:
         """What all ranks said they wrote; their notes are taken away."""
         notes = [_note(partial, rank) for rank in range(self.engine.size)]
-        deadline = time.monotonic() + self.patience_seconds
+        began = time.monotonic()
         while missing := [rank for rank, note in enumerate(notes) if not note.is_file()]:
             if failed := [rank for rank in missing if notes[rank].with_suffix(".failed").is_file()]:
                 said = notes[failed[0]].with_suffix(".failed").read_text(encoding="utf-8")
                 raise CheckpointError(f"rank {failed[0]} could not write: {said or 'it could not even say why'}")
-            if time.monotonic() > deadline:
+            if time.monotonic() - began > self.patience_seconds:
                 raise CheckpointError(f"rank {missing[0]} did not write its files in {self.patience_seconds:g} s")
             time.sleep(POLL_SECONDS)
         found = [json.loads(note.read_text(encoding="utf-8")) for note in notes]

@@ -215,18 +215,20 @@ def _disorder(rows: pd.DataFrame) -> list[str]:
 
 def _repeated_examples(rows: pd.DataFrame) -> list[str]:
     once = rows.drop_duplicates(["epoch", "index"])  # a batch taken again is named as such
-    table = _examples(once).group_by(["epoch", "id"]).aggregate([([], "count_all")])
+    table = _examples(once).group_by(["epoch", "cell", "id"]).aggregate([([], "count_all")])
     again = table.filter(pc.greater(table.column("count_all"), 1))
-    again = again.sort_by([("epoch", "ascending"), ("id", "ascending")])
+    again = again.sort_by([("epoch", "ascending"), ("cell", "ascending"), ("id", "ascending")])
     named = [f"{row['id']} in epoch {row['epoch']}" for row in again.to_pylist()]
     return _found(named, "examples taken twice in an epoch: {}")
 
 
 def _examples(rows: pd.DataFrame) -> pa.Table:
-    """One row an example: epoch and id."""
-    table = pa.Table.from_pandas(rows[["epoch", "ids"]], preserve_index=False).combine_chunks()
+    """One row an example: epoch, bucket and id. A clip is another example in another bucket."""
+    table = pa.Table.from_pandas(rows[["epoch", "cell", "ids"]], preserve_index=False).combine_chunks()
     ids = table.column("ids").combine_chunks()
-    return pa.table({"epoch": table.column("epoch").take(pc.list_parent_indices(ids)), "id": pc.list_flatten(ids)})
+    parents = pc.list_parent_indices(ids)
+    about = {name: table.column(name).take(parents) for name in ("epoch", "cell")}
+    return pa.table({**about, "id": pc.list_flatten(ids)})
 
 
 def _places(rows: pd.DataFrame) -> list[str]:

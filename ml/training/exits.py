@@ -20,7 +20,8 @@ from infra.compute.ending import Ending
 from infra.compute.task import OUT_OF_MEMORY, PREEMPTED, RANK_LOST, STOPPED
 from ml import methods
 from ml.batching.buckets import Cell
-from ml.training.stopping import forget
+from ml.batching.readers import ReaderLost
+from ml.training.stopping import Asked, forget, stop_asked
 from ml.training.watch import heartbeat_file
 
 GIB = 2**30
@@ -45,10 +46,29 @@ class OutOfMemory(RuntimeError):  # noqa: N818 (it says what happened)
     """A batch that does not fit: which bucket, which shape, what was allocated, and what to change in the recipe."""
 
 
+class NoMemory(RuntimeError):  # noqa: N818 (it says what happened)
+    """Memory was short in a micro-batch of a step, counted from 0, or in its update (None); `said` by the allocator."""
+
+    def __init__(self, error: BaseException, micro_batch: int | None) -> None:
+        self.said, self.micro_batch = next(iter(str(error).splitlines()), type(error).__name__), micro_batch
+        super().__init__(f"out of memory: {self.said}")
+
+
+@dataclass(frozen=True)
+class Short:
+    """Which stage was short of memory: its name and engine in the recipe, its ranks, and whose stage it is."""
+
+    name: str
+    engine: methods.Engine
+    ranks: int
+    autoencoder: bool
+
+
 @dataclass
 class End:
-    """The exit code of this process."""
+    """The exit code of this process, and who asked it to stop so far (`stop_asked`)."""
 
+    asked: Asked
     code: int = 0
 
 
@@ -56,20 +76,35 @@ class End:
 def stopping(folder: Path, run_id: str) -> Iterator[End]:
     """Around a training: whatever ends it early is written to `stopped.json` before this process, or another, ends.
 
-    A training that was asked to stop, or for which memory was short, says so in one line and leaves its exit code;
-    other errors go on.
+    Errors of the house say in one line what is wrong and leave an exit code; others go on. Whatever fails once a stop
+    was asked for counts as the stop: a signal to all processes takes compilers and readers with it.
     """
-    end = End()
     forget(folder / STOPPED)
-    try:
-        yield end
-    except Exception as error:
-        end.code, rank = code_of(error), this_rank()
-        step = error.step if isinstance(error, Preempted) else _last_step(folder, rank)
-        Ending(run_id, end.code, described(error), step, rank).write(folder)
-        print(f"rank {rank} stopped at step {step}: {described(error)}", file=sys.stderr, flush=True)
-        if end.code not in (PREEMPTED, OUT_OF_MEMORY):
-            raise
+    with stop_asked(folder) as asked:
+        end = End(asked)
+        try:
+            yield end
+        except Exception as error:
+            end.code, reason = code_of(error), described(error)
+            if asked() and end.code not in (PREEMPTED, OUT_OF_MEMORY):
+                end.code, reason = PREEMPTED, f"asked to stop ({asked()}), and then: {reason}"
+            _write_down(folder, run_id, error, end.code, reason)
+            if end.code == 1 and not _is_ours(error):
+                raise
+
+
+def _write_down(folder: Path, run_id: str, error: Exception, code: int, reason: str) -> None:
+    """Leave the record and a line in the log; a full disk takes no more than the record."""
+    rank = this_rank()
+    step = error.step if isinstance(error, Preempted) else _last_step(folder, rank)
+    with suppress(OSError):
+        Ending(run_id, code, reason, step, rank).write(folder)
+    print(f"rank {rank} stopped at step {step}: {reason}", file=sys.stderr, flush=True)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error is of a class of the house, whose message says all there is to say."""
+    return type(error).__module__.partition(".")[0] in ("ml", "infra")
 
 
 def this_rank() -> int:
@@ -83,7 +118,7 @@ def code_of(error: Exception) -> int:
         return PREEMPTED
     if isinstance(error, OutOfMemory) or is_oom(error):
         return OUT_OF_MEMORY
-    return RANK_LOST if is_lost_rank(error) else 1
+    return RANK_LOST if is_lost_rank(error) or isinstance(error, ReaderLost) else 1
 
 
 def described(error: Exception) -> str:
@@ -105,19 +140,31 @@ def is_lost_rank(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
 
 
-def explain_oom(
-    error: BaseException, cell: Cell, data: Sequence[Any], stage: str, section: methods.Engine | None = None
-) -> OutOfMemory:
-    """What did not fit, and what to change first; levers that `section` shows to be in use already are left out.
+@contextmanager
+def short_of_memory(micro_batch: int | None) -> Iterator[None]:
+    """Around a part of a step: a micro-batch of it, or its update (None). Raises NoMemory when there is not enough."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_oom(error):
+            raise
+        raise NoMemory(error, micro_batch) from error
 
-    `data` are the micro-batches of the step: anything that holds tensors.
+
+def explain_oom(error: NoMemory, cells: Sequence[Cell], data: Sequence[Any], stage: Short) -> OutOfMemory:
+    """What did not fit, and what to change first; levers in use already, or that the stage refuses, are left out.
+
+    `cells` and `data` are those of the step's micro-batches; data is anything that holds tensors.
     """
-    shapes = ", ".join(dict.fromkeys(_shape(largest(each)) for each in data)) or "unknown"
-    key = f'stages.{stage}.buckets."{cell.resolution}".{cell.frames}.batch'
-    levers = "; ".join(f"({n}) {lever}" for n, lever in enumerate([*_levers(section), f"lower {key}"], 1))
+    chosen = range(len(cells)) if error.micro_batch is None else [error.micro_batch]
+    shapes = ", ".join(dict.fromkeys(_shape(largest(data[n])) for n in chosen)) or "unknown"
+    buckets = ", ".join(dict.fromkeys(str(cells[n]) for n in chosen))
+    part = "the update" if error.micro_batch is None else f"micro-batch {error.micro_batch + 1} of {len(cells)}"
+    keys = list(dict.fromkeys(_batch_key(stage, cells[n]) for n in chosen))
+    levers = "; ".join(f"({n}) {lever}" for n, lever in enumerate([*_levers(stage), f"lower {' or '.join(keys)}"], 1))
     return OutOfMemory(
-        f"bucket {cell} does not fit: batches of shape {shapes}{_allocated()}. Try in this order: {levers}. "
-        f"The allocator said: {next(iter(str(error).splitlines()), '')}"
+        f"bucket {buckets} does not fit: {part}, of shape {shapes}{_allocated()}. Try in this order: {levers}. "
+        f"The allocator said: {error.said}"
     )
 
 
@@ -140,15 +187,18 @@ def _tensors(data: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _levers(section: methods.Engine | None) -> list[str]:
-    """What frees activations, then weights, without changing what is learned; dearest in time last."""
-    free = {
-        "raise engine.checkpoint_blocks": True,
-        "set engine.offload": section is None or not section.offload,
-        "raise engine.sequence_parallel": True,
-        "set engine.sharding": section is None or section.sharding == "none",
-    }
-    return [lever for lever, offered in free.items() if offered]
+def _levers(stage: Short) -> list[str]:
+    """What frees memory without changing what is learned, the mildest first."""
+    if stage.autoencoder:
+        return []
+    return [f"set engine.{words}" for words, _ in methods.memory_levers(stage.engine, stage.ranks)]
+
+
+def _batch_key(stage: Short, cell: Cell) -> str:
+    """Where the batch size of a bucket stands in the recipe."""
+    if stage.autoencoder:
+        return f"autoencoder.stages.{stage.name}.batch"
+    return f'stages.{stage.name}.buckets."{cell.resolution}".{cell.frames}.batch'
 
 
 def _shape(tensor: Tensor | None) -> str:

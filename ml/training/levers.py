@@ -41,9 +41,9 @@ class Converted:
 def prepare(network: nn.Module, section: methods.Engine) -> None:
     """Pull the levers of a section on a network of fp32 weights: names, shapes and values of its weights stay.
 
-    Raises LeverError when levers exclude each other, the network has none of them, or a package is missing.
+    Raises LeverError when the network has none of them, or a package is missing; levers that exclude each other are
+    refused by the section itself.
     """
-    _check(section)
     if hasattr(network, "recompute"):
         network.checkpoint_blocks = section.checkpoint_blocks  # type: ignore[assignment]
         network.recompute = Recompute(section.recompute, section.offload, section.compile)  # type: ignore[assignment]
@@ -75,18 +75,6 @@ def convert_to_fp8(network: nn.Module) -> Converted:
     config = replace(Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True, emulate=not _has_fp8())
     convert_to_float8_training(network, module_filter_fn=lambda module, _: id(module) in chosen, config=config)
     return Converted(len(chosen), len(linear) - len(chosen))
-
-
-def _check(section: methods.Engine) -> None:
-    if section.fp8 and section.precision != "bf16":
-        raise LeverError(f"fp8 shortens what is computed in bf16, precision is {section.precision}: set it to bf16")
-    if section.fp8 and section.tensor_parallel > 1:
-        raise LeverError("fp8 layers cannot be cut over tensor ranks: set tensor_parallel to 1, or fp8 to false")
-    if section.compile and section.offload and section.recompute == "selective":
-        raise LeverError(
-            "a compiled block keeps what is selected on the device: set offload to false, recompute to block, or "
-            "compile to false"
-        )
 
 
 def _linear_layers(network: nn.Module) -> list[nn.Linear]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ml.engines.protocol import Tensors
@@ -70,25 +70,6 @@ def save_adapter(folder: Path, section: Lora, trained: Mapping[str, Tensor]) -> 
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, folder / WEIGHTS)
 
 
-def load_adapter(folder: Path) -> tuple[Lora, Tensors]:
-    """The section and the trained adapters of a folder that `save_adapter`, or peft, wrote.
-
-    Raises LoraError for kinds of adapters that are not a plain sum: those with a decomposed weight, biases, or ranks of
-    their own.
-    """
-    from peft import LoraConfig
-
-    config = LoraConfig.from_pretrained(str(folder))
-    odd = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if getattr(config, name)]
-    odd += ["bias"] if config.bias != "none" else []
-    if odd:
-        raise LoraError(f"{folder} holds adapters with {', '.join(odd)}: only plain ones can be merged here")
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    section = Lora(rank=config.r, alpha=config.lora_alpha, targets=tuple(targets), dropout=config.lora_dropout)
-    files = load_file(folder / WEIGHTS)
-    return section, {_ours(name): tensor for name, tensor in files.items()}
-
-
 def _targeted(network: nn.Module, targets: tuple[str, ...]) -> list[str]:
     """Names of the linear layers that end in a target, whole parts of a name compared."""
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
@@ -124,9 +105,3 @@ def _pairs(trained: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
             f"not the adapters of a network: {', '.join(missing) or 'nothing'} is there alone or not at all"
         )
     return {layer: (trained[layer + down].cpu(), trained[layer + up].cpu()) for layer in sorted(layers)}
-
-
-def _ours(name: str) -> str:
-    """A name of peft's files, as it is in a network."""
-    head, _, part = name.removeprefix(PREFIX).rpartition(".")
-    return f"{head}.{ADAPTER}.{part}"

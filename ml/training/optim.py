@@ -86,7 +86,7 @@ def _given(value: float | None) -> float:
 
 
 def step_generator(device: torch.device, *parts: int) -> torch.Generator:
-    """A generator seeded by (seed, data rank, step): noise is the same after a resume, and differs between ranks."""
+    """A generator seeded by (seed, epoch, index) of a batch: its noise is the same on any rank and after a resume."""
     mixed = 0
     for part in parts:
         # A splitmix64 round per part: neighbouring steps get unrelated streams.

@@ -1,5 +1,6 @@
 """What the main rank tells the world while it trains: `loss.csv`, a progress bar, the run's metrics and heartbeat."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,18 @@ from tqdm import tqdm
 from infra.tracking import RunLog
 from ml.training.curves import LossLog, read_log
 
+log = logging.getLogger(__name__)
 # What a row holds beside numbers worth a curve.
 NOT_LOGGED = {"step", "seconds", "examples", "tokens", "bucket"}
+
+
+@contextmanager
+def best_effort(path: Path) -> Iterator[None]:
+    """Around writing what training can do without: a full disk costs a warning."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s was not written: %s; training goes on", path, error)
 
 
 class Record:
@@ -33,7 +44,8 @@ class Record:
         try:
             yield
         finally:
-            self._rows.close()
+            with best_effort(self.path):
+                self._rows.close()
             self._bar.close()
 
     def last(self) -> int:
@@ -45,7 +57,8 @@ class Record:
         """A step was made: its row, and the terms of its loss."""
         if self.log is None or self._rows is None:
             return
-        self._rows.add(row)
+        with best_effort(self.path):
+            self._rows.add(row)
         numbers = {name: float(value) for name, value in row.items() if name not in NOT_LOGGED}
         self.log.metrics({**numbers, **{f"loss_{name}": value for name, value in terms.items()}}, step=int(row["step"]))
         self.log.heartbeat()

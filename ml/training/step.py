@@ -22,6 +22,7 @@ from ml.diffusion.process import Process, Shape
 from ml.engines.protocol import Engine
 from ml.models.inputs import Denoiser, Inputs, Text, denoise
 from ml.shapes import Size, Strides
+from ml.training.exits import short_of_memory
 
 Data = TypeVar("Data", contravariant=True)
 
@@ -30,7 +31,7 @@ Data = TypeVar("Data", contravariant=True)
 class Loss:
     """The mean loss of a batch (to go backward from), how much data it came from, and its terms, for the log.
 
-    `flops` are the model FLOPs of forward and backward (`ml.plan`), 0 where nobody counts them.
+    `flops` are the model FLOPs of forward and backward (`ml.counts`), 0 where nobody counts them.
     """
 
     value: Tensor
@@ -91,13 +92,13 @@ def take_step(
     """Forward and backward of every micro-batch, each with the generator of its own random numbers; then one update.
 
     `asked` says whether this rank was asked to stop; the report says whether any was, so that all stop at the same
-    step.
+    step. Raises NoMemory, which names the micro-batch that did not fit.
     """
     losses = []
     for index, (data, generator) in enumerate(zip(micro_batches, generators, strict=True)):
         # Whatever draws from torch's global generator is as repeatable as what draws from ours.
         torch.manual_seed(generator.initial_seed())
-        with engine.accumulate(last=index == len(micro_batches) - 1):
+        with short_of_memory(index), engine.accumulate(last=index == len(micro_batches) - 1):
             loss = objective.loss(engine, data, generator)
             engine.backward(loss.value / len(micro_batches))
         losses.append(loss)
@@ -109,7 +110,8 @@ def take_step(
     finite = math.isfinite(whole)
     if not finite:
         engine.discard()
-    grad_norm = engine.step() if finite else math.nan
+    with short_of_memory(None):
+        grad_norm = engine.step() if finite else math.nan
     names = {name for one in losses for name in one.terms}
     return StepReport(
         loss=whole / engine.size,
@@ -137,7 +139,7 @@ class Dropping:
     keeps_mask: bool
 
     def apply(self, text: Text, generator: torch.Generator, always: Tensor | None = None) -> Text:
-        """The texts with some of them dropped; `always` [B] bool names samples that lose theirs in any case."""
+        """The texts with some of them dropped; `always` [B] bool names examples that lose theirs in any case."""
         draws = torch.rand(2, len(text.pooled), generator=generator, device=generator.device).cpu()
         context, pooled = draws[0] < self.context, draws[1] < self.pooled
         if always is not None:
@@ -158,7 +160,7 @@ class Geometry:
     model: Model
 
     def train_flops(self, data: LatentBatch) -> float:
-        """Model FLOPs of forward and backward over one sample of a batch; a backward pass counts as two forwards."""
+        """Model FLOPs of forward and backward over one example of a batch; a backward pass counts as two forwards."""
         frames, height, width = data.latents.shape[2:]
         return 3.0 * block_flops(self.model, (frames, height, width), data.text.context.shape[1])
 

@@ -14,8 +14,16 @@ from infra.compute.task import STOP
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+Asked = Callable[[], str]
+
+
+def never() -> str:
+    """Nobody asks."""
+    return ""
+
+
 @contextmanager
-def stop_asked(folder: Path) -> Iterator[Callable[[], str]]:
+def stop_asked(folder: Path) -> Iterator[Asked]:
     """A callable that gives "" until somebody asks training to stop, then who did; the old handlers come back.
 
     A file `stop` in the folder asks every rank that sees it: agents that hear of a spot machine's end write one. One

@@ -26,6 +26,7 @@ from ml.recipe import Recipe
 from ml.sections import Stage
 from ml.training.ema import EMA
 from ml.training.held_out import Asked, Grid, HeldOut, chosen_clips, even_times, measure
+from ml.training.record import best_effort
 
 SHEET_FRAMES = 6
 
@@ -72,6 +73,7 @@ class Validator:
 
     def __init__(self, network: Denoiser, every: int, exam: Exam, out: Path, log: RunLog) -> None:
         self.network, self.every, self.exam, self.out, self.log = network, every, exam, out, log
+        self._table = out / "validation.csv"
 
     def __call__(self, step: int, training: Training) -> None:
         """Look, if it is time to. Together."""
@@ -83,8 +85,15 @@ class Validator:
             found = measure(asked, self.exam.latents, self.exam.grid)
             strips = self._strips(asked, engine) if self.exam.preview else []
         if engine.is_main:
-            self._note(step, found)
-            self._show(step, strips)
+            with best_effort(self._table):
+                self._note(step, found)
+                self._show(step, strips)
+
+    def resumed(self, step: int, training: Training) -> None:
+        """Look at the step that training goes on from, if it stopped there before it had looked. Together."""
+        seen = self._table.is_file() and step in set(pd.read_csv(self._table)["step"])
+        if not training.engine.collect(seen)[0]:
+            self(step, training)
 
     def _strips(self, asked: Asked, engine: Engine) -> list[Strip]:
         """A row of frames for every prompt, from whichever rank sampled it."""
@@ -101,7 +110,7 @@ class Validator:
 
     def _note(self, step: int, found: HeldOut) -> None:
         numbers = by_name(found, self.exam.grid.times)
-        add_row(self.out / "validation.csv", {"step": step, **numbers})
+        add_row(self._table, {"step": step, **numbers})
         self.log.metrics(numbers, step=step)
 
     def _show(self, step: int, strips: list[Strip]) -> None:

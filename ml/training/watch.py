@@ -28,8 +28,9 @@ HEARTBEATS = "heartbeats"
 LONGEST_TICK_SECONDS, SHARE = 10.0, 20
 # How long the first rank that notices waits for the others to dump their stacks.
 LONGEST_PAUSE_SECONDS = 15.0
-# A process that has not been seen for so many looks is stopped, or gone with its machine.
-SILENT_TICKS = 4
+# A process that has not been seen for so many looks, and so long, is stopped, or gone with its machine. A busy host may
+# leave a live one without a turn for a second or two.
+SILENT_TICKS, SILENT_SECONDS = 4, 5.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Watch:
             self._write()
         if self._beat is not beat or self._closing.is_set():
             return
-        reason = blame(read_beats(self.folder, self.run_id), time.time(), SILENT_TICKS * self.tick)
+        silent = max(SILENT_SECONDS, SILENT_TICKS * self.tick)
+        reason = blame(read_beats(self.folder, self.run_id), time.time(), silent)
         with suppress(OSError):
             Ending(self.run_id, HUNG, reason, beat.step, self.rank).write(self.folder)
         print(f"rank {self.rank} stopped at step {beat.step}: {reason}", file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ def test_a_cpu_has_no_utilisation_to_speak_of() -> None:
         assert accelerator() == "CPU"
         assert Measured(1.0, 1.0, 1.0, 1, 0.0, ()).utilisation is None
         assert here().on_cpu
-        assert section_of({"recompute": "selective"}).precision == "fp32"
+        assert section_of({"grad_clip": 2.0}).precision == "fp32"
 
 
 def test_nothing_is_left_at_zero() -> None:

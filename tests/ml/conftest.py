@@ -31,7 +31,14 @@ MINI: dict[str, Any] = {
     "evaluation": {"num_prompts": 2, "seeds": (0, 1), "loss_timesteps": 2, "loss_clips": 3},
 }
 ONE_CORE = {"accelerators": "CPU:1", "nodes": 1, "price": "cpu-assume-2026"}
-STAGE = {"compute": ONE_CORE, "steps": 6, "checkpoint_every": 2, "optimizer": ADAM, "ema_decay": 0.9}
+STAGE = {
+    "compute": ONE_CORE,
+    "validation": None,
+    "steps": 6,
+    "checkpoint_every": 2,
+    "optimizer": ADAM,
+    "ema_decay": 0.9,
+}
 
 # Of every other generation: frames of its clips, autoencoder net, model, all as small as they can be.
 SMALL_DIT = {"hidden_size": 48, "num_heads": 2, "depth": 1}
@@ -224,6 +231,14 @@ def make_call(tmp_path: Path) -> Callable[..., Call]:
 
 Ranks = Callable[..., list[Any]]
 
+# What ranks import, and torch's compiler, which every optimiser pulls in: some eight seconds, once a pytest worker.
+PRELOADED = (
+    *("torch", "torch._dynamo", "torch.distributed.fsdp", "safetensors.torch", "pytest", "ml.train"),
+    *("ml.engines.fsdp", "ml.engines.colossal", "ml.engines.pipeline", "ml.engines.sequence", "ml.engines.tensor"),
+    *("ml.models.mmdit", "ml.models.stdit", "ml.models.stdit2", "ml.models.stdit3", "ml.models.text"),
+    *("ml.models.autoencoders.registry", "colossalai.booster.plugin", "colossalai.zero.low_level", "torchao"),
+)
+
 
 class ByValue:
     """A callable that another process can load though it cannot import the test module that holds it."""
@@ -244,10 +259,11 @@ class ByValue:
 def ranks() -> Ranks:
     """Call `ranks(function, *args, count=2, timeout=120)`: what every rank's `function(*args)` returned, in order.
 
-    Ranks see the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...) and start in about a
-    second, forked from a server that has imported torch. A rank that fails takes the others with it, and the test gets
-    its traceback. `expect_death=True` returns the exit codes instead.
+    Ranks see the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...) and start in a fraction
+    of a second, forked from a server that has imported what they need. A rank that fails takes the others with it, and
+    the test gets its traceback. `expect_death=True` returns the exit codes instead.
     """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
     return _ranks
 
 
@@ -255,7 +271,6 @@ def _ranks(
     function: Callable[..., Any], *args: Any, count: int = 2, timeout: float = 120.0, expect_death: bool = False
 ) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "safetensors.torch"])
     port = _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     started = [

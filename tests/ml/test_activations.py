@@ -142,7 +142,7 @@ def test_published_sizes_keep_the_published_bytes() -> None:
         assert kept / values == pytest.approx(expected, rel=0.1)
 
 
-def test_ranks_that_share_a_sample_share_what_it_keeps() -> None:
+def test_ranks_that_share_an_example_share_what_it_keeps() -> None:
     model, grid = NETWORKS["mmdit"], GRIDS[1]
     whole = stage_activations(model, grid, TEXT, engine("bf16"))
     cut = stage_activations(model, grid, TEXT, engine("bf16", sequence_parallel=4))

@@ -1,6 +1,7 @@
 """The call that every task shares: its command line, and the result that says it finished."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,22 @@ def test_the_data_version_moves_with_the_data_and_not_with_pictures(tmp_path: Pa
 
     assert version("a", "p") == version("a", "q")
     assert version("a", "p") != version("b", "p")
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_torchaos_failures_are_told_where_a_stage_computes_in_8_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fp8: bool
+) -> None:
+    for name in ("torchao", "bitsandbytes"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    words = arguments(tmp_path)
+    document = Recipe.load("v2_0", "tiny").model_dump(mode="json")
+    document["stages"][1]["engine"].update(fp8=fp8, precision="bf16")
+    recipe = Recipe.validate_document(document, "changed")
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    parse(words, ["clips"], "")
+    assert (logging.getLogger("torchao").level == logging.NOTSET) is fp8
+    assert logging.getLogger("bitsandbytes").level == logging.ERROR
 
 
 def test_a_pair_without_equals_is_refused(tmp_path: Path) -> None:

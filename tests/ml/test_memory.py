@@ -1,18 +1,23 @@
 """Memory of a rank against closed forms, published figures, and the states that real engines hold."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from ml import memory as m
 from ml.architectures import HunyuanNet
 from ml.counts import adapter_lanes, parameters
 from ml.engines.plain import PlainEngine
-from ml.methods import Lora
+from ml.engines.tensor import shard_
+from ml.methods import Loading, Lora, Validation
 from ml.models.networks import build_network, num_parameters
+from ml.models.text import packaged_minilm
 from ml.recipe import Recipe, available
 from ml.sections import AutoencoderStage, Compute, Stage
 from ml.training.lora import add_lora
@@ -100,7 +105,73 @@ def test_an_unknown_device_is_refused() -> None:
 
 def test_a_cpu_is_shared_by_its_processes() -> None:
     compute = Compute(accelerators="CPU:4", nodes=1, price="cpu-assume-2026", processes=4)
-    assert m.available(compute) == psutil.virtual_memory().total / 4
+    assert m.available(compute) == min(psutil.virtual_memory().total, m.cgroup_limit()) / 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "900", "a/b/memory.max": "max"}, 900),
+        ("0::/gone/away\n", {"memory.max": "700"}, 700),
+        ("5:cpu:/a\n4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "800", "cpu/a/memory.max": "1"}, 800),
+        ("0::/a\n", {"a/memory.max": "max"}, math.inf),
+    ],
+)
+def test_a_container_may_have_less_than_its_machine(
+    tmp_path: Path, groups: str, files: dict[str, str], limit: float
+) -> None:
+    texts = {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert m.cgroup_limit(tmp_path) == limit
+    assert m.cgroup_limit(tmp_path / "elsewhere") == math.inf
+
+
+def cut_weights(names: list[str]) -> list[int]:
+    """Weights of a rank of the tiny networks of recipes, after tensor parallelism cut them."""
+    dist.init_process_group("gloo")
+    found = []
+    for name in names:
+        network = build_network(Recipe.load(name, "tiny").network)
+        shard_(network, dist.group.WORLD)
+        found.append(num_parameters(network))
+    dist.destroy_process_group()
+    return found
+
+
+def test_tensor_ranks_hold_what_is_estimated(ranks: Any) -> None:
+    names = available()
+    held, other = ranks(cut_weights, names)
+    assert held == other
+    for name, count in zip(names, held, strict=True):
+        recipe = Recipe.load(name, "tiny")
+        compute = recipe.stages[0].compute.model_copy(update={"processes": 2})
+        stage = changed(recipe.stages[0], tensor_parallel=2).model_copy(update={"compute": compute})
+        assert m.memory(recipe, stage, m.cells(stage)[0]).states.weights == 4 * count, name
+
+
+def test_encoders_that_stand_beside_training_are_counted(paper: Recipe) -> None:
+    stage = paper.stages[0]
+    clips = stage.model_copy(update={"loading": Loading(source="clips")})
+    both = clips.model_copy(update={"validation": Validation(every=1, clips=1, timesteps=1, prompts=("a cat",))})
+    found = [m.memory(paper, each, LARGE).encoders for each in (stage, clips, both)]
+    assert found == [0.0, 4 * (m.AUTOENCODER_WEIGHTS["hunyuan"] + m.TEXT_WEIGHTS["t5_clip"]), 2 * found[1]]
+    beside = m.memory(paper, clips, LARGE)
+    assert beside.total == m.memory(paper, stage, LARGE).total + found[1]
+
+
+def test_weights_of_text_encoders_are_those_of_the_networks() -> None:
+    from transformers import AutoModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    sizes = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
+    clip = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    with torch.device("meta"):
+        t5 = num_parameters(T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")))
+        both = t5 + num_parameters(CLIPTextModel(CLIPTextConfig(**clip)))
+    minilm = AutoModel.from_pretrained(packaged_minilm(), local_files_only=True)
+    assert {"t5": t5, "t5_clip": both, "minilm": num_parameters(minilm)} == m.TEXT_WEIGHTS
+    assert minilm.dtype == torch.float32
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -5,6 +5,8 @@ from pydantic import ValidationError
 
 from ml import architectures
 from ml.methods import Engine, Guard, Lora, Validation, engine_problems
+from ml.recipe import Recipe
+from ml.sections import AutoencoderStage
 
 PLAIN: dict[str, Any] = {
     "kind": "plain",
@@ -20,6 +22,9 @@ def test_ranks_that_share_a_batch_are_the_product_of_the_ways_to_share_it() -> N
     assert Engine.model_validate({**PLAIN, "tensor_parallel": 3}).model_ranks == 6
 
 
+BLOCKS: dict[str, Any] = {"checkpoint_blocks": (1, 0)}
+
+
 @pytest.mark.parametrize(
     ("over", "complaint"),
     [
@@ -28,11 +33,37 @@ def test_ranks_that_share_a_batch_are_the_product_of_the_ways_to_share_it() -> N
         ({"pipeline_parallel": 2}, "engine plain has no pipeline"),
         ({"recompute": "some"}, "'block' or 'selective'"),
         ({"zero": 2}, "Extra inputs are not permitted"),
+        ({"fp8": True}, "precision is fp32: set it to bf16"),
+        ({"fp8": True, "precision": "bf16", "tensor_parallel": 2}, "set tensor_parallel to 1, or fp8 to false"),
+        ({"compile": True, "offload": True, "recompute": "selective", **BLOCKS}, "set offload to false, recompute to"),
+        ({"offload": True}, r"offload works on the blocks of checkpoint_blocks, which is \[0, 0\]"),
+        ({"recompute": "selective"}, "recompute: selective works on the blocks of checkpoint_blocks"),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(over: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
         Engine.model_validate({**PLAIN, **over})
+
+
+def test_levers_that_have_blocks_to_work_on_go_together() -> None:
+    for over in ({"recompute": "selective", "offload": True}, {"recompute": "selective", "compile": True}):
+        assert Engine.model_validate({**PLAIN, **BLOCKS, **over}).checkpoint_blocks == (1, 0)
+    assert Engine.model_validate({**PLAIN, "fp8": True, "precision": "bf16", "sharding": "full"}).fp8
+
+
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ({"fp8": True, "precision": "bf16"}, "engine.fp8 work on blocks of transformers only"),
+        ({"compile": True, "checkpoint_blocks": [1, 1]}, "engine.checkpoint_blocks and engine.compile work on blocks"),
+        ({"checkpoint_blocks": [1, 1], "offload": True}, "engine.checkpoint_blocks work on blocks"),
+        ({"sharding": "full"}, "an autoencoder is trained whole or cut by tensor_parallel"),
+    ],
+)
+def test_an_autoencoder_has_no_levers_of_transformers(over: dict[str, Any], words: str) -> None:
+    stage = Recipe.load("v2_0", "tiny").autoencoder.stages[0].model_dump()
+    with pytest.raises(ValidationError, match=f"vae_stage1: {words}"):
+        AutoencoderStage.model_validate({**stage, "engine": {**stage["engine"], **over}})
 
 
 def test_a_guard_never_takes_a_leap_for_a_spike_unless_told() -> None:
@@ -42,7 +73,7 @@ def test_a_guard_never_takes_a_leap_for_a_spike_unless_told() -> None:
 
 
 def test_validation_without_samples_needs_no_prompts() -> None:
-    assert Validation(every=10, clips=2, timesteps=3).samples == 0
+    assert Validation(every=10, clips=2, timesteps=3).prompts == ()
 
 
 @pytest.mark.parametrize(

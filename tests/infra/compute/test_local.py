@@ -221,6 +221,12 @@ def test_the_record_of_an_end_is_whole(launcher: LocalLauncher, make_task: MakeT
     assert not list(task.out.glob("*.partial"))
 
 
+def test_a_task_of_several_nodes_is_refused(launcher: LocalLauncher, make_task: MakeTask) -> None:
+    task = make_task("pass")
+    with pytest.raises(ComputeError, match="asks for 2 nodes, the local launcher has this machine"):
+        launcher.submit(replace(task, resources=replace(task.resources, nodes=2)), "run", "sqlite:///x")
+
+
 def test_the_handle_of_another_launcher_is_refused(launcher: LocalLauncher) -> None:
     with pytest.raises(ComputeError, match="skypilot"):
         launcher.poll(Handle("skypilot", {}))
@@ -267,6 +273,23 @@ def ranks_of(task: Task) -> list[psutil.Process]:
 def gone(process: psutil.Process) -> bool:
     """Whether a process has ended; a zombie has."""
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_ranks_are_told_to_stay_on_loopback_and_a_user_may_say_otherwise(
+    two_ranks: Callable[[str], Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher, task = LocalLauncher(grace_seconds=1.0), two_ranks("1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    handle = launcher.submit(task, "run1", URI)
+    try:
+        for process in ranks_of(task):
+            told = process.environ()
+            assert told["GLOO_SOCKET_IFNAME"] == "lo"
+            assert told["MASTER_ADDR"] == "127.0.0.1"
+            assert told["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+            assert told["OMP_NUM_THREADS"] == "7"
+    finally:
+        launcher.cancel(handle)
 
 
 def test_a_killed_rank_is_named(two_ranks: Callable[[str], Task]) -> None:

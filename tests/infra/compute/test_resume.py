@@ -103,6 +103,19 @@ def test_mlflow_shows_attempts_below_their_parent(tracker: Tracker, flaky: Calla
     assert [record.run_id for record in below] == [child.run_id]
 
 
+def test_without_retries_every_attempt_is_still_a_run_under_the_parent(
+    tracker: Tracker, flaky: Callable[..., Task]
+) -> None:
+    task = flaky("75", retries=0)
+    with pytest.raises(TaskFailed, match="was preempted"):
+        attempts_of(tracker).run(task)
+    assert (family(tracker)[0].status, len(family(tracker)[1])) == ("FAILED", 1)
+    attempts_of(tracker).run(task)
+    parent, children = family(tracker)
+    assert (parent.status, [child.status for child in children]) == ("FINISHED", ["KILLED", "FINISHED"])
+    assert list(Ledger(tracker).rows()["run_id"]) == [child.run_id for child in children]
+
+
 @pytest.mark.parametrize("code", ["1", str(OUT_OF_MEMORY)])
 def test_what_would_come_again_is_not_tried_again(tracker: Tracker, flaky: Callable[..., Task], code: str) -> None:
     with pytest.raises(TaskFailed):

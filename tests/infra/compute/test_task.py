@@ -51,7 +51,10 @@ def test_several_processes_are_ranks_of_torchrun(tmp_path: Path) -> None:
     resources = Resources("CPU:2", 1, "cpu-assume-2026")
     task = Task("a/b", "ml.train", ("stage",), tmp_path / "key", resources, "headline", "exp", processes=2)
     command = task.command("python", "r1", "sqlite:///x")
-    assert command[:7] == ("python", "-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc-per-node")
+    assert command[:5] == ("python", "-m", "torch.distributed.run", "--nnodes", "1")
+    assert command[command.index("--nproc-per-node") + 1] == "2"
+    assert command[command.index("--local-addr") + 1] == "127.0.0.1"
+    assert command[command.index("--rdzv-conf") + 1] == "store_type=file", "a TCP store listens on every network"
     assert command[command.index("--max-restarts") + 1] == "0"
     assert command[-7:] == ("-m", "ml.train", "stage", "--run-id", "r1", "--tracking-uri", "sqlite:///x")
     assert int(command[command.index("--shutdown-timeout") + 1]) < task.grace_seconds

@@ -1,7 +1,5 @@
 """Gradients are averaged in one order on all ranks, though each rank's batch takes its own way through a network."""
 
-import multiprocessing
-import multiprocessing.forkserver
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +20,6 @@ STEPS, BATCHES, WIDTHS = 6, 4, (5, 7, 9, 11)
 SMALL_BUCKET = 60
 
 Ranks = Callable[..., list[Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def colossalai_imported_once() -> None:
-    """Ranks are forked from a server that has imported colossalai, unless another test file started it before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "safetensors.torch", "colossalai.booster.plugin"])
-    multiprocessing.forkserver.ensure_running()
 
 
 class Fork(nn.Module):

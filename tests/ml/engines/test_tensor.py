@@ -1,5 +1,6 @@
 """Tensor parallelism against one process: outputs, the gradient of every weight, whole training curves, errors."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -92,14 +93,19 @@ def case(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return network, given
 
 
-def passed(name: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs and every full gradient, in however many ranks this runs; runs in float64."""
+def passed(name: str, group: Any = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and every full gradient, here or in the ranks of a group; runs in float64."""
+    found, gradients, _ = shared(name, group)
+    return found, gradients
+
+
+def shared(name: str, group: Any) -> tuple[list[Tensor], dict[str, Tensor], float]:
+    """Outputs, every full gradient, and which share of the network's numbers is here."""
     network, given = case(name)
     network.double()
-    group, cuts = None, {}
-    if torch.distributed.is_initialized():
-        group = dist.group.WORLD
-        cuts = shard_(network, group)
+    numel = sum(weight.numel() for weight in network.parameters())
+    cuts = {} if group is None else shard_(network, group)
+    share = sum(weight.numel() for weight in network.parameters()) / numel
     wide = {key: value.double() if value.is_floating_point() else value for key, value in given.items()}
     extra = {"generator": torch.Generator().manual_seed(3)} if name.startswith("v") else {}
     out = network(**wide, **extra)
@@ -110,25 +116,58 @@ def passed(name: str) -> tuple[list[Tensor], dict[str, Tensor]]:
         shards = [torch.empty_like(gradients[key]) for _ in range(2)]
         dist.all_gather(shards, gradients[key].contiguous(), group=group)
         gradients[key] = cut.join(shards)
-    return [one.detach() for one in outs], gradients
+    return [one.detach() for one in outs], gradients, share
 
 
-def passed_on_ranks(name: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+def passed_on_ranks() -> dict[str, Any]:
     dist.init_process_group("gloo")
-    try:
-        return passed(name)
-    finally:
-        dist.destroy_process_group()
+    return {name: shared(name, dist.group.WORLD) for name in NAMES}
 
 
 KINDS = ("mmdit split", "mmdit fused", "stdit", "stdit2", "stdit3", "stdit3 windowed", "t5")
+NAMES = (*KINDS, "v1_0", "v1_2", "v1_3", "v2_0", "v2_0_hc")
+# How much of each a rank of two holds at these sizes: the half, and the other half of what is whole on every rank.
+SHARES = dict(
+    zip(NAMES, (0.708, 0.708, 0.696, 0.805, 0.689, 0.719, 0.549, 0.517, 0.508, 0.502, 0.507, 0.590), strict=True)
+)
 
 
-@pytest.mark.parametrize("name", [*KINDS, "v1_0", "v1_2", "v1_3", "v2_0", "v2_0_hc"])
-def test_two_ranks_compute_what_one_does(name: str, ranks: Ranks) -> None:
-    """Outputs and the gradient of every weight, on both ranks, to float64's rounding."""
+# What is whole on every rank inside the blocks: biases that join a sum, norms, modulation and its tables.
+WHOLE = re.compile(
+    r"\w*(proj|mlp\.(2|fc2)|linear2)\.bias|\w*norm\.(weight|scale)|lin\.(weight|bias)|scale_shift_table\w*"
+)
+
+
+def left_whole() -> dict[str, tuple[list[str], list[str]]]:
+    """Of every kind: weights of the blocks that were cut, and those that were not."""
+    dist.init_process_group("gloo")
+    found = {}
+    for kind in KINDS:
+        network, _ = case(kind)
+        names = [key for key, _ in network.named_parameters() if re.search(r"(blocks|\bblock)\.\d", key)]
+        cuts = shard_(network, dist.group.WORLD)
+        found[kind] = [key for key in names if key in cuts], [key for key in names if key not in cuts]
+    return found
+
+
+def test_every_wide_layer_of_a_block_is_cut(ranks: Ranks) -> None:
+    for kind, (cut, left) in ranks(left_whole)[0].items():
+        assert [key for key in left if not re.search(rf"(^|\.)({WHOLE.pattern})$", key)] == [], kind
+        assert len([key for key in cut if key.endswith("weight")]) >= 4, kind
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(ranks: Ranks) -> list[dict[str, Any]]:
+    """Every network on the same two ranks: by name, what each rank has."""
+    return ranks(passed_on_ranks, timeout=280)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_compute_what_one_does(name: str, on_two_ranks: list[dict[str, Any]]) -> None:
+    """Outputs and the gradient of every weight, on both ranks, to float64's rounding; shards are a part of them."""
     outs, gradients = passed(name)
-    for found, theirs in ranks(passed_on_ranks, name):
+    for found, theirs, share in (on_rank[name] for on_rank in on_two_ranks):
+        assert share == pytest.approx(SHARES[name], abs=1e-3)
         for one, other in zip(outs, found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
         assert theirs.keys() == gradients.keys()

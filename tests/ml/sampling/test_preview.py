@@ -19,7 +19,7 @@ from ml.training.networks import new_transformer
 CPU = torch.device("cpu")
 TEXT = {"kind": "minilm", "max_tokens": 12, "context_dim": 384, "pooled_dim": 384}
 PROMPTS = ("a red wave", "a blue wave", "a green wave")
-SECTION = {"every": 2, "clips": 3, "timesteps": 2, "samples": 2, "sampling_steps": 2}
+SECTION = {"every": 2, "clips": 3, "timesteps": 2, "sampling_steps": 2, "prompts": PROMPTS[:2]}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def networks(recipe: Recipe) -> Networks:
 
 
 def test_a_preview_is_what_the_sampler_makes_in_as_many_steps(recipe: Recipe, networks: Networks) -> None:
-    preview = Sampled(recipe, recipe.stage("stage1"), PROMPTS, networks.autoencoder, networks.text)
+    preview = Sampled(recipe, recipe.stage("stage1"), networks.autoencoder, networks.text)
     assert preview.prompts == PROMPTS[:2]
     asked = Asked(networks.transformer, networks.transformer, CPU)
     few = recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"steps": 2})})
@@ -57,7 +57,7 @@ def test_a_wrapped_network_in_bf16_is_called_through_its_wrapper(recipe: Recipe,
             calls.append(torch.is_inference_mode_enabled())
             return transformer(**given)
 
-    preview = Sampled(recipe, recipe.stage("stage1"), PROMPTS, networks.autoencoder, networks.text)
+    preview = Sampled(recipe, recipe.stage("stage1"), networks.autoencoder, networks.text)
     frames = preview(Asked(Wrapper(), transformer, CPU, torch.bfloat16), PROMPTS[0])
     assert (frames.dtype, frames.shape) == (np.uint8, (5, 48, 80, 3))
     assert calls == [False] * len(calls)
@@ -66,7 +66,7 @@ def test_a_wrapped_network_in_bf16_is_called_through_its_wrapper(recipe: Recipe,
 
 def test_a_network_can_be_trained_after_it_was_sampled(recipe: Recipe, networks: Networks) -> None:
     """Nothing that the network keeps between calls is a tensor of inference mode."""
-    preview = Sampled(recipe, recipe.stage("stage1"), PROMPTS, networks.autoencoder, networks.text)
+    preview = Sampled(recipe, recipe.stage("stage1"), networks.autoencoder, networks.text)
     network = new_transformer(recipe)
     calls = []
     hook = network.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)

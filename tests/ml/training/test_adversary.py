@@ -64,6 +64,26 @@ def test_ranks_learn_the_same_of_all_their_clips(ranks: Callable[..., list[Any]]
     assert not torch.equal(one["main.0.weight"], alone["main.0.weight"])
 
 
+def spoiled(bad: float) -> list[dict[str, Tensor]]:
+    """Weights before and after an update in which the last rank's clips are broken, and after a good one."""
+    world = World.join(SECTION, torch.device("cpu"))
+    made, adversary = PlainEngine(torch.device("cpu"), torch.float32, 1.0, world), Adversary(SMALL, 0)
+    states = []
+    for step, factor in enumerate((1.0, bad if world.rank == 1 else 1.0, 1.0)):
+        adversary.learn(factor * clips(2 * step + world.rank), 0.2 * clips(100 + step), made)
+        states.append({name: weight.detach().clone() for name, weight in adversary.network.named_parameters()})
+    world.close()
+    return states
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_batch_of_one_rank_teaches_nobody(ranks: Callable[..., list[Any]], bad: float) -> None:
+    for before, after, later in ranks(spoiled, bad):
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+        assert all(torch.isfinite(weight).all() for weight in later.values())
+        assert any(not torch.equal(after[name], weight) for name, weight in later.items())
+
+
 def test_weights_come_of_the_seed_and_leave_the_global_generator_alone() -> None:
     torch.manual_seed(7)
     wanted = torch.rand(1)

@@ -46,7 +46,7 @@ def test_a_search_asks_every_bucket_at_its_recipes_batch_first(mini: Recipe) -> 
 
 
 @pytest.mark.parametrize("checkpoints", [(0, 0), (1, 1)])
-def test_what_a_real_step_keeps_grows_by_the_sample_and_the_search_ends_where_it_must(
+def test_what_a_real_step_keeps_grows_by_the_example_and_the_search_ends_where_it_must(
     make_recipe: Callable[..., Recipe], checkpoints: tuple[int, int]
 ) -> None:
     engine = {**make_recipe().stage("stage1").engine.model_dump(), "checkpoint_blocks": checkpoints}

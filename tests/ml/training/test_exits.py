@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from infra.compute.ending import Ending
 from infra.compute.task import OUT_OF_MEMORY, PREEMPTED, RANK_LOST
 from ml.batching.buckets import Cell
 from ml.batching.datasets import LatentBatch
+from ml.batching.readers import LoaderError, ReaderLost
 from ml.methods import Engine
 from ml.models.inputs import Text
 from ml.shapes import Size
+from ml.training.checkpoint import CheckpointError
 from ml.training.exits import (
     OutOfMemory,
     Preempted,
     code_of,
     described,
     explain_oom,
-    is_lost_rank,
     is_oom,
     largest,
     stopping,
@@ -99,10 +101,10 @@ def left_alone(folder: str) -> str:
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 1:
         os._exit(9)
-    with pytest.raises(RuntimeError) as error, stopping(Path(folder), "run"):
+    with stopping(Path(folder), "run") as end:
         torch.distributed.all_reduce(torch.ones(1000))
     found = Ending.read(Path(folder), "run")
-    os._exit(0 if is_lost_rank(error.value) and found is not None and found.code == RANK_LOST else 5)
+    os._exit(0 if end.code == RANK_LOST and found is not None and found.code == RANK_LOST else 5)
 
 
 def test_what_gloo_says_of_a_lost_rank_is_known_as_an_echo(ranks: Ranks, tmp_path: Path) -> None:
@@ -145,3 +147,31 @@ def test_a_good_end_leaves_nothing(tmp_path: Path) -> None:
         pass
     assert end.code == 0
     assert not (tmp_path / "stopped.json").exists(), "an earlier attempt's is removed"
+
+
+def test_an_error_of_the_house_is_one_line_and_any_other_keeps_its_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stopping(tmp_path, "r1") as end:
+        raise CheckpointError("half a checkpoint")
+    assert end.code == 1
+    assert capsys.readouterr().err == "rank 0 stopped at step 0: CheckpointError: half a checkpoint\n"
+    with pytest.raises(ZeroDivisionError), stopping(tmp_path, "r2"):
+        raise ZeroDivisionError
+    assert Ending.read(tmp_path, "r2") is not None
+
+
+def test_what_fails_after_a_stop_was_asked_for_is_the_stop(tmp_path: Path) -> None:
+    """torchrun's signal reaches compilers and readers too, and their end must not pass for a defect."""
+    with stopping(tmp_path, "r1") as end:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise ValueError("the compiler died")
+    assert end.code == PREEMPTED
+    found = Ending.read(tmp_path, "r1")
+    assert found is not None
+    assert found.reason == "asked to stop (SIGUSR1), and then: ValueError: the compiler died"
+
+
+def test_a_lost_reader_may_be_started_again(tmp_path: Path) -> None:
+    assert code_of(ReaderLost("gone")) == RANK_LOST
+    assert code_of(LoaderError("corrupt")) == 1

@@ -16,7 +16,7 @@ from ml.models.mmdit import MMDiT
 from ml.models.recompute import Recompute
 from ml.models.stdit3 import STDiT3
 from ml.sections import Adam
-from ml.training.lora import LoraError, add_lora, load_adapter, merged, save_adapter
+from ml.training.lora import LoraError, add_lora, merged, save_adapter
 from ml.training.optim import adamw, schedule
 
 ADAM = Adam(lr=0.01, eps=1e-8, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=0)
@@ -87,7 +87,7 @@ def test_fresh_adapters_leave_the_output_bit_for_bit(name: str) -> None:
 
 
 @networks
-def test_a_step_changes_adapters_only_and_merging_says_the_same(name: str, tmp_path: Path) -> None:
+def test_a_step_changes_adapters_only_and_merging_says_the_same(name: str) -> None:
     network, given = build(name)
     plain = build(name)[0]
     add_lora(network, section(name), seed=3)
@@ -103,10 +103,6 @@ def test_a_step_changes_adapters_only_and_merging_says_the_same(name: str, tmp_p
     assert list(state) == list(plain.state_dict())
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(**given), wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
-    save_adapter(tmp_path, section(name), trained)
-    found, loaded = load_adapter(tmp_path)
-    assert (found.rank, found.alpha, found.dropout) == (4, 8.0, 0.0)
-    assert all(torch.equal(merged(build(name)[0], found, loaded)[key], tensor) for key, tensor in state.items())
 
 
 def test_training_goes_on_where_it_stopped() -> None:
@@ -166,11 +162,3 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
         merged(build("mmdit")[0], section("mmdit"), adapters)
     with pytest.raises(LoraError, match="not the adapters"):
         merged(build("mmdit")[0], section("mmdit"), {})
-
-
-def test_adapters_that_are_no_plain_sum_are_refused(tmp_path: Path) -> None:
-    from peft import LoraConfig
-
-    LoraConfig(r=4, target_modules=["q_proj"], use_dora=True).save_pretrained(str(tmp_path))
-    with pytest.raises(LoraError, match="with use_dora: only plain ones"):
-        load_adapter(tmp_path)

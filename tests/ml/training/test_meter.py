@@ -1,9 +1,12 @@
 """The meter against sums made by hand, and a real training of it: every second is somewhere."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
+import torch
 
 from ml.training.meter import Meter, peak_memory_mb
 from ml.training.step import StepReport
@@ -19,7 +22,21 @@ def test_rates_and_utilisation_of_a_step() -> None:
     assert numbers["tokens_per_second"] == 400.0
     assert numbers["data_wait_share"] == 0.25
     assert numbers["mfu"] == 2e12 / (2.0 * 4e12)
-    assert numbers["peak_memory_mb"] == pytest.approx(peak_memory_mb(), rel=0.5)
+    assert numbers["peak_memory_mb"] == peak_memory_mb()
+
+
+def grown(mib: int) -> tuple[float, float]:
+    """Peaks that two steps tell of, with so many MiB held for a while between them."""
+    meter = Meter(1e12, 1)
+    before = meter.step(report(), seconds=1.0, waited=0.0)["peak_memory_mb"]
+    torch.ones(mib, 2**20, dtype=torch.uint8).sum()
+    return before, meter.step(report(), seconds=1.0, waited=0.0)["peak_memory_mb"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and its memory is what counts")
+def test_the_peak_is_of_what_was_held_once(ranks: Callable[..., list[Any]]) -> None:
+    [(before, after)] = ranks(grown, 200, count=1)
+    assert after - before == pytest.approx(200, rel=0.1)
 
 
 def test_goodput_counts_what_was_computed_and_kept() -> None:

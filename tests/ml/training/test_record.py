@@ -1,5 +1,8 @@
+import resource
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from infra.tracking import RunLog
 from ml.training.curves import read_log
@@ -59,3 +62,16 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
         record.cut(0)
         record.say("hello")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file may not grow: the kernel's own error, as when a disk is full (it is raised where SIGXFSZ is ignored)."""
+    record = Record(tmp_path / "loss.csv", "stage1", 4, Kept())
+    with record.opened(0):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+        try:
+            record.add(row(1), {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "loss.csv was not written: [Errno 27]" in caplog.text

@@ -1,7 +1,6 @@
 import math
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from ml.training.guard import TrainingDiverged
 from ml.training.meter import Meter
 from ml.training.optim import adamw, schedule
 from ml.training.step import Loss, Objective
-from ml.training.trainer import Aids, Plan, Trainer
+from ml.training.stopping import stop_asked
+from ml.training.trainer import Aids, Look, Plan, Trainer
 
 ADAM = Adam(lr=0.01, eps=1e-8, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=3)
 CELL = Cell("48x80", 5, Size(48, 80))
@@ -100,7 +100,12 @@ def plan(out: Path, **over: Any) -> Plan:
 
 
 def run(
-    what: Plan, objective: Any = None, precision: str = "fp32", log: RunLog | None = None, ranks: int = 1
+    what: Plan,
+    objective: Any = None,
+    precision: str = "fp32",
+    log: RunLog | None = None,
+    ranks: int = 1,
+    look: Look | None = None,
 ) -> Trainer:
     """Train a plan to its end, in as many ranks as there are."""
     torch.manual_seed(0)
@@ -109,9 +114,11 @@ def run(
     )
     engine.setup(nn.Linear(3, 3), adamw(ADAM), schedule(ADAM, what.steps))
     sampler = BucketSampler({CELL: IDS}, {CELL: 2}, what.seed, engine.data_rank, engine.data_size)
-    with BatchStream(sampler, load if precision == "fp32" else load_half) as stream:
-        trainer = Trainer(engine, objective or Noisy(), stream, what, Aids(log or RunLog(), Meter(1e9, ranks)))
-        trainer.fit()
+    stream = BatchStream(sampler, load if precision == "fp32" else load_half)
+    with stream, stop_asked(what.out) as asked:
+        aids = Aids(log or RunLog(), Meter(1e9, ranks), look, asked=asked)
+        with Trainer(engine, objective or Noisy(), stream, what, aids) as trainer:
+            trainer.fit()
     return trainer
 
 
@@ -266,6 +273,65 @@ def test_a_step_that_is_not_finite_teaches_nothing_and_is_on_record(out: Path, b
     assert set(unused["step"]) == hit == set(losses[~losses["loss"].map(math.isfinite)]["step"])
 
 
+def steps_saved(out: Path) -> list[int]:
+    """Steps whose checkpoints are there."""
+    return sorted(int(place.name.removeprefix("step-")) for place in (out / "checkpoints").glob("step-*"))
+
+
+def test_what_training_may_go_back_to_is_saved_after_a_good_step(out: Path) -> None:
+    """Steps 3 and 4 are spoiled: the checkpoint of step 3 is made after step 5."""
+
+    class Twice(Noisy):
+        def loss(self, engine: Any, data: Tensor, generator: torch.Generator) -> Loss:
+            loss = super().loss(engine, data, generator)
+            return replace(loss, value=loss.value * math.nan) if self.calls in (5, 8) else loss
+
+    run(plan(out, guard=Guard(patience=9), keep_checkpoints=9), Twice())
+    assert steps_saved(out) == [5, 6, 9]
+
+
+def test_asked_to_stop_or_at_its_end_training_saves_in_any_case(out: Path) -> None:
+    def ask(call: int) -> None:
+        if call == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    class Bad(Noisy):
+        def loss(self, engine: Any, data: Tensor, generator: torch.Generator) -> Loss:
+            return replace(super().loss(engine, data, generator), value=engine.model(data).sum() * math.nan)
+
+    what = plan(out, guard=Guard(patience=99), keep_checkpoints=9)
+    with pytest.raises(Preempted, match="saved step 4"):
+        run(what, Bad(ask))
+    run(what, Bad())
+    assert steps_saved(out) == [4, 9]
+
+
+class Looks:
+    """Writes down when it was asked to look."""
+
+    def __init__(self) -> None:
+        self.after, self.resumed_at = list[int](), list[int]()
+
+    def __call__(self, step: int, training: Trainer) -> None:
+        self.after.append(step)
+
+    def resumed(self, step: int, training: Trainer) -> None:
+        self.resumed_at.append(step)
+
+
+def test_a_look_that_a_stop_cut_off_is_asked_for_again(out: Path) -> None:
+    def ask(call: int) -> None:
+        if call == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first, second = Looks(), Looks()
+    with pytest.raises(Preempted):
+        run(plan(out), Noisy(ask), look=first)
+    run(plan(out), look=second)
+    assert (first.after, first.resumed_at) == ([1, 2, 3], [])
+    assert (second.after, second.resumed_at) == ([5, 6, 7, 8, 9], [4])
+
+
 def test_steps_that_stay_wrong_send_training_back_past_their_batches(out: Path) -> None:
     """From step 5 on, one batch is spoiled: training goes back to step 3 and never meets that batch again."""
     trainer = run(plan(out, guard=Guard(patience=1), steps=12), Cursed(5, float("nan")))
@@ -316,28 +382,3 @@ def test_another_recipes_checkpoints_stop_the_run(out: Path) -> None:
     run(plan(out))
     with pytest.raises(CheckpointMismatch, match=r"aaaa.*bbbb"):
         run(plan(out, identity=Identity("v2_0-tiny", "stage1", "bbbb")))
-
-
-def train(out: str, steps: int, ranks: int, accumulate: int) -> dict[str, Tensor]:
-    """One leg of a journey, in this many ranks."""
-    return run(
-        plan(Path(out), steps=steps, engine=section(accumulate=accumulate), checkpoint_every=100), ranks=ranks
-    ).weights()
-
-
-def test_two_ranks_one_and_two_again_take_every_batch_once(
-    out: Path, tmp_path: Path, ranks: Callable[..., Any]
-) -> None:
-    """Global batches are the same whoever shares them, so the weights are those of one process all the way."""
-    ranks(train, str(out), 3, 2, 1)
-    train(str(out), 6, 1, 2)
-    ended = ranks(train, str(out), 9, 2, 1)[0]
-    rows = read(out / "consumed")
-    assert problems(rows) == []
-    assert len(rows) == 2 * 9
-    (tmp_path / "alone").mkdir()
-    alone = train(str(tmp_path / "alone"), 9, 1, 2)
-    columns = ["step", "epoch", "index", "cell", "used"]
-    assert rows.sort_values(["epoch", "index"])[columns].equals(read(tmp_path / "alone" / "consumed")[columns])
-    for name, weight in alone.items():
-        torch.testing.assert_close(ended[name], weight, rtol=1e-5, atol=1e-7)

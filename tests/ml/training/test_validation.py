@@ -28,7 +28,7 @@ from ml.training.optim import adamw, schedule, step_generator
 from ml.training.step import take_step
 from ml.training.validation import Exam, Validator, add_row, averaged, exchange
 
-SECTION = {"every": 2, "clips": 3, "timesteps": 2, "samples": 2, "sampling_steps": 2}
+SECTION = {"every": 2, "clips": 3, "timesteps": 2, "sampling_steps": 2, "prompts": ("dark", "bright")}
 
 
 class Shades:
@@ -190,6 +190,21 @@ def test_rows_of_a_killed_attempt_are_taken_out(tmp_path: Path) -> None:
     rows = pd.read_csv(tmp_path / "validation.csv")
     assert rows["step"].tolist() == [10, 20]
     assert rows["val_loss"].tolist() == [10 / 3, 20 / 3]
+
+
+def test_a_look_that_was_cut_off_is_made_on_resume_and_no_other(recipe: Recipe, latents: Path, tmp_path: Path) -> None:
+    run = started(recipe)
+    looks, log = validator(recipe, latents, tmp_path)
+    looks.network = run.network
+    looks.resumed(3, run)
+    assert not log.numbers, "it was not time yet"
+    looks.resumed(2, run)
+    assert sorted(log.numbers) == [2]
+    first = (tmp_path / "validation.csv").read_bytes()
+    looks.resumed(2, run)
+    looks.resumed(4, run)
+    assert sorted(log.numbers) == [2, 4]
+    assert (tmp_path / "validation.csv").read_bytes().startswith(first)
 
 
 def test_a_stage_without_held_out_clips_is_refused(recipe: Recipe, latents: Path) -> None:
