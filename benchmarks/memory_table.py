@@ -29,9 +29,9 @@ weights of autoencoder and text encoder are in the peak, what they compute is no
 """
 BATCHES = """## Largest batch of every bucket
 
-Examples a GPU (a group of GPUs that share a sequence, where there are any), as published and as would fit at the stage's
-number of GPUs; neighbouring lengths of a resolution that have the same published batch stand in one row, which holds
-for the longest of them.
+Examples a GPU (a group of GPUs that share a sequence, where there are any), as published and as would fit at the
+stage's number of GPUs; neighbouring lengths of a resolution that have the same published batch stand in one row, which
+holds for the longest of them.
 """
 
 

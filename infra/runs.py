@@ -51,8 +51,8 @@ class Total(StrEnum):
     GOODPUT = "total_goodput"
 
 
-# Metric of a training: the share of its time that went into steps that were kept.
-GOODPUT = "goodput"
+# Metric of a training, its last value: seconds that went into steps that were kept.
+SECONDS_USEFUL = "seconds_useful"
 
 
 class Status(StrEnum):

@@ -8,7 +8,7 @@ FlopCounterMode counts them, in the blocks
     STDiT, STDiT-2    depth (36 h^2 N + 4 h N (S + T + L) + 4 h^2 L)
     STDiT-3           depth (56 h^2 N + 4 h N (S + T + 2 L) + 8 h^2 L)
 
-and in the embeddings and the last layer. Windows of 1.3 are counted as computed: whole, with their padding. Every
+and in the embeddings and the last layer. Windows of 1.3 attend as computed: whole, with their padding. Every
 published text token counts (1.x drops padding before attention), and nothing is given, so what 1.3 does with the
 latents of given frames is left out. Each layer is stated once, so its size and its work cannot disagree.
 """
@@ -196,7 +196,7 @@ def _stdit3(model: STDiT3, grid: Grid, text: int) -> Tally:
 def _spatial(model: SpatialTemporal, grid: Grid, norms: bool) -> Tally:
     """Self-attention within each frame."""
     frames, height, width = grid
-    return _self(model, height * width, norms, frames)
+    return _self(model, grid, norms, (height * width, frames))
 
 
 def _temporal(model: SpatialTemporal, grid: Grid, norms: bool, window: Grid | None = None) -> Tally:
@@ -206,14 +206,14 @@ def _temporal(model: SpatialTemporal, grid: Grid, norms: bool, window: Grid | No
     window = (1, 1, -1) if window is None else window
     size = [axis if side == -1 else side for axis, side in zip(axes, window, strict=True)]
     count = math.prod(math.ceil(axis / side) for axis, side in zip(axes, size, strict=True))
-    return _self(model, math.prod(size), norms, count)
+    return _self(model, grid, norms, (math.prod(size), count))
 
 
-def _self(model: SpatialTemporal, tokens: int, norms: bool, count: int) -> Tally:
-    """Self-attention of `count` sequences of so many tokens."""
-    width = model.hidden_size
-    tally = _linear(width, 3 * width, tokens * count) + _linear(width, width, tokens * count)
-    tally += _attended(tokens, tokens, width) * count
+def _self(model: SpatialTemporal, grid: Grid, norms: bool, sequences: tuple[int, int]) -> Tally:
+    """Projections of a grid's tokens, and their self-attention in sequences of a length and so many of them."""
+    width, tokens, (length, count) = model.hidden_size, math.prod(grid), sequences
+    tally = _linear(width, 3 * width, tokens) + _linear(width, width, tokens)
+    tally += _attended(length, length, width) * count
     return tally + _norms(width, model.num_heads) if norms else tally
 
 

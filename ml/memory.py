@@ -299,8 +299,8 @@ def _weights(recipe: Recipe, stage: AnyStage) -> Weights:
     elsewhere = 1 - 1 / engine.tensor_parallel
     whole_blocks, (cut, cut_ends) = counts.block_parameters(model), counts.tensor_parameters(model)
     depths = (model.depth, model.depth_single_blocks) if isinstance(model, MMDiT) else (model.depth,)
-    ends = counts.parameters(model) - sum(depth * size for depth, size in zip(depths, whole_blocks, strict=True))
-    ends -= cut_ends * elsewhere
+    within = sum(depth * size for depth, size in zip(depths, whole_blocks, strict=True))
+    ends = counts.parameters(model) - within - cut_ends * elsewhere
     one = [size - part * elsewhere for size, part in zip(whole_blocks, cut, strict=True)]
     blocks = sum(depth * size for depth, size in zip(depths, one, strict=True))
     held = ends + blocks / engine.pipeline_parallel

@@ -171,11 +171,15 @@ def batch_table(look: Look) -> Table:
 
 
 def _largest(look: Look) -> tuple[str, dict[tuple[str, int], int]]:
-    """How the largest batches were found (by real steps where this is the one GPU asked for), and what they are."""
-    if isinstance(look.stage, Stage):
-        from ml.training.batch_search import batch_sizes  # brings torch
+    """How the largest batches were found (by real steps where this is the one GPU asked for), and what they are.
 
-        found = batch_sizes(look.recipe, look.stage, look.space)
+    Real steps are another process's: this one keeps no memory of the GPU from the training that it starts.
+    """
+    compute = look.stage.compute
+    if isinstance(look.stage, Stage) and not compute.on_cpu and compute.ranks == 1:
+        from ml.training.batch_search import batch_sizes_apart  # brings torch
+
+        found = batch_sizes_apart(look.recipe, look.stage, look.space)
         return found.how, {(name, frames): n for name, sizes in found.sizes.items() for frames, n in sizes.items()}
     return "predicted", {c: m.largest_batch(look.recipe, look.stage, c, look.space) for c in m.cells(look.stage)}
 

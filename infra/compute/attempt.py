@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -182,14 +183,21 @@ class Attempts:
             raise
         except BaseException:
             self.launcher.cancel(handle)
-            stopped = TaskState("failed", started=_start(record, handle), ended=time.time())
-            self._close(record, stopped, finished=task.finished, interrupted=True)
+            self._close(record, self._cut_off(record, handle), finished=task.finished, interrupted=True)
             raise
         cost = self._close(record, state, task.finished)
         self.launcher.cancel(handle)
         if not task.finished:
             raise TaskFailed(_explain(task, state, self.tracker.url(record.run_id)), state)
         return Outcome(record.run_id, state, _result(task.out), cost, attached=attached)
+
+    def _cut_off(self, record: RunRecord, handle: Handle) -> TaskState:
+        """State of a task that was cancelled: preempted where it saved its place, failed where it could not."""
+        with suppress(ComputeError):
+            state = self.launcher.poll(handle)
+            if state.status == "preempted":
+                return state
+        return TaskState("failed", started=_start(record, handle), ended=time.time())
 
     def _wait(self, handle: Handle, log: "_Log") -> TaskState:
         pause = FIRST_PAUSE_SECONDS

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from infra.compute.task import HUNG, PREEMPTED, RANK_LOST, Task, TaskFailed, TaskState
-from infra.runs import GOODPUT, Bill, RunRecord, Status, Tag, Total
+from infra.runs import SECONDS_USEFUL, Bill, RunRecord, Status, Tag, Total
 from infra.tracking import Tracker
 
 LONGEST_PAUSE_SECONDS = 300.0
@@ -87,16 +87,15 @@ def pauses(first_seconds: float, count: int) -> list[float]:
 
 
 def totals(attempts: Sequence[RunRecord]) -> dict[str, float]:
-    """What attempts add up to; goodput is weighted by time, and an attempt that never told its own had none."""
+    """What attempts add up to; goodput is useful over billed seconds, and an attempt that told of none had none."""
     seconds = sum(_metric(record, Bill.WALL_SECONDS) for record in attempts)
     found: dict[str, float] = {
         Total.ATTEMPTS: len(attempts),
         Total.COST_USD: sum(_metric(record, Bill.COST_USD) for record in attempts),
         Total.WALL_SECONDS: seconds,
     }
-    if seconds and any(GOODPUT in record.metrics for record in attempts):
-        useful = sum(_metric(record, GOODPUT) * _metric(record, Bill.WALL_SECONDS) for record in attempts)
-        found[Total.GOODPUT] = useful / seconds
+    if seconds and any(SECONDS_USEFUL in record.metrics for record in attempts):
+        found[Total.GOODPUT] = sum(_metric(record, SECONDS_USEFUL) for record in attempts) / seconds
     return found
 
 

@@ -116,8 +116,9 @@ class ColossalEngine(PlainEngine):
 
     def close(self) -> None:
         """Leave the process group; DDP first, for the reason that the plain engine gives."""
-        self.model = cast(Any, self.model).unwrap()
-        gc.collect()
+        if self._masters:
+            self.model = cast(Any, self.model).unwrap()
+            gc.collect()
         self.world.close()
         if self._lone and dist.is_initialized():
             dist.destroy_process_group()

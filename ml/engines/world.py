@@ -14,6 +14,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed import ProcessGroup
 
 from ml.engines.protocol import EngineError
@@ -140,7 +141,7 @@ def _met() -> dict[str, Any]:
     rank, size, port = (int(variables[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     # torch's own socket would listen on every network of the host.
     listener = socket.create_server((LOOPBACK, port)).detach() if rank == 0 else None
-    store = dist.TCPStore(LOOPBACK, port, size, rank == 0, master_listen_fd=listener)
+    store = TCPStore(LOOPBACK, port, size, rank == 0, master_listen_fd=listener)
     return {"store": store, "rank": rank, "world_size": size}
 
 

@@ -46,7 +46,8 @@ def build_text_encoder(
 ) -> TextEncoder:
     """The encoder that a recipe names; `weights` is the folder that holds T5 (and CLIP), which `minilm` does not need.
 
-    `cut` is done to T5 before it goes to the device: it may lay the weights over several ranks. Raises TextEncoderError when weights are missing or of another size.
+    `cut` is done to T5 before it goes to the device: it may lay the weights over several ranks. Raises
+    TextEncoderError when weights are missing or of another size.
     """
     if text.kind == "minilm":
         return MiniLM(text, packaged_minilm(), device)

@@ -5,9 +5,12 @@ latents of the bucket's shape; what they hold does not matter. Letters: B batch,
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
+from multiprocessing import get_context
 from typing import Literal
 
 import torch
@@ -27,6 +30,7 @@ from ml.shapes import sizes_of
 from ml.training.ema import EMA
 from ml.training.exits import is_oom
 from ml.training.levers import prepare
+from ml.training.lora import add_lora
 from ml.training.networks import new_transformer
 from ml.training.objective import denoising
 from ml.training.optim import adamw, schedule
@@ -39,6 +43,10 @@ Taken = Callable[[Cell, int], float]
 Sizes = dict[str, dict[int, int]]
 
 
+class BatchSearchError(RuntimeError):
+    """The search for the largest batches did not come to its end."""
+
+
 @dataclass(frozen=True)
 class Found:
     """Largest batches by resolution and frames, as a recipe's `buckets` name them; 0 = not even one example fits."""
@@ -47,11 +55,27 @@ class Found:
     sizes: Sizes
 
 
+def batch_sizes_apart(recipe: Recipe, stage: Stage, space: float | None = None) -> Found:
+    """`batch_sizes` in a process of its own, which gives all memory back when it ends.
+
+    Raises BatchSearchError when that process is killed.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(batch_sizes, recipe, stage, space).result()
+        except BrokenProcessPool as error:
+            raise BatchSearchError(
+                f"{stage.name}: the process that tried batches was killed, for lack of memory most often: look for it "
+                "in the machine's log, or leave --batch-sizes out"
+            ) from error
+
+
 def batch_sizes(recipe: Recipe, stage: Stage, space: float | None = None) -> Found:
     """The largest batches of a stage in `space` bytes a rank (None = what its device has).
 
     Measured where this machine is the one GPU that the stage asks for, else predicted (`ml/memory.py`): what a rank
-    holds of a stage that is spread over several cannot be tried on one.
+    holds of a stage that is spread over several cannot be tried on one. Either way what the estimate sets aside for
+    CUDA and for encoders is left free.
     """
     room = memory.available(stage.compute) if space is None else space
     if stage.compute.on_cpu or stage.compute.ranks > 1 or not torch.cuda.is_available():
@@ -60,7 +84,12 @@ def batch_sizes(recipe: Recipe, stage: Stage, space: float | None = None) -> Fou
             largest_one = memory.largest_batch(recipe, stage, (resolution, frames), room)
             sizes.setdefault(resolution, {})[frames] = largest_one
         return Found("predicted", sizes)
-    return Found("measured", search(recipe, stage, RealStep.of(recipe, stage), room))
+    _, estimate = memory.worst(recipe, stage)
+    step = RealStep.of(recipe, stage)
+    try:
+        return Found("measured", search(recipe, stage, step, room - estimate.overhead - estimate.encoders))
+    finally:
+        step.engine.close()
 
 
 def search(recipe: Recipe, stage: Stage, taken: Taken, room: float) -> Sizes:
@@ -105,6 +134,8 @@ class RealStep:
         """The step of a stage, on a network of its own."""
         engine, network = make_engine(stage.engine, stage.compute), new_transformer(recipe)
         prepare(network, stage.engine)
+        if stage.lora is not None:
+            add_lora(network, stage.lora, recipe.seed)
         engine.setup(network, adamw(stage.optimizer), schedule(stage.optimizer, stage.steps))
         objective = denoising(recipe, stage, network, blank_text(recipe, 1))
         return cls(recipe, engine, objective, EMA(engine.masters(), 0.0) if stage.ema_decay is not None else None)

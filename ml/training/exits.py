@@ -86,7 +86,8 @@ def stopping(folder: Path, run_id: str) -> Iterator[End]:
             yield end
         except Exception as error:
             end.code, reason = code_of(error), described(error)
-            if asked() and end.code not in (PREEMPTED, OUT_OF_MEMORY):
+            # torchrun asks the ranks that are left to stop, too, once one is lost: that is no preemption.
+            if asked() and end.code == 1:
                 end.code, reason = PREEMPTED, f"asked to stop ({asked()}), and then: {reason}"
             _write_down(folder, run_id, error, end.code, reason)
             if end.code == 1 and not _is_ours(error):

@@ -9,8 +9,10 @@ Every second since the process started is one of these:
 - `resume`, `checkpoint`, `validation`, `rollback`, ...: what `lost` was told;
 - the rest, mostly start-up: imports, the network, the process group.
 
-Goodput is useful seconds over all of them. Utilisation (MFU, arXiv 2204.02311, appendix B) is model FLOPs, forward and
-backward without what is recomputed, over seconds of steps (their waits included) times the peak of all ranks.
+Goodput is useful seconds over all of them. The bill starts earlier, when the attempt is submitted: goodput over all
+that is paid for is that of `infra.compute.resume`, by `seconds_useful`. Utilisation (MFU, arXiv 2204.02311, appendix
+B) is model FLOPs, forward and backward without what is recomputed, over seconds of steps (their waits included) times
+the peak of all ranks.
 """
 
 import resource
@@ -52,6 +54,7 @@ class Meter:
             "data_wait_share": waited / seconds,
             "mfu": report.flops / (seconds * self.peak_flops),
             "goodput": self.goodput(),
+            "seconds_useful": sum(self._useful),
             "peak_memory_mb": peak_memory_mb(),
         }
 

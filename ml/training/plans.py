@@ -32,6 +32,7 @@ def _plan(recipe: Recipe, phase: Phase, out: Path, sections: str) -> Plan:
         engine=phase.engine,
         guard=phase.guard,
         hang_seconds=phase.survival.hang_seconds,
+        autoencoder=isinstance(phase, AutoencoderStage),
     )
 
 

@@ -1,5 +1,6 @@
 """What is put into the box arrives once, in order, through outages and refusals."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,53 @@ def test_the_thread_sends_by_itself(server: Server, monkeypatch: pytest.MonkeyPa
         time.sleep(0.01)
     box.close()
     assert server.taken == ["0"]
+
+
+class Clock:
+    """Seconds that pass only where the box waits: `Event` is what it waits with."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        clock = self
+
+        class Event(threading.Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                clock.now += timeout or 0.0
+                return super().wait(0.001)
+
+        self.Event, self.Lock, self.Thread = Event, threading.Lock, threading.Thread
+
+
+def test_a_minute_without_a_server_costs_nothing_but_patience(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Records of every look arrive, in order; the task's log has one line, and the server is left in peace."""
+    clock, server, tried = Clock(), Server(), list[float]()
+    monkeypatch.setattr(outbox, "threading", clock)
+
+    def send(batch: Sequence[Entry]) -> None:
+        server.down = 10.0 <= clock.now < 70.0
+        tried.extend([clock.now] if server.down else [])
+        server.send(batch)
+
+    def tick() -> None:
+        put.append(f"at {clock.now:g}")
+        box.put(Entry("metric", put[-1], clock.now))
+
+    put, ready = list[str](), threading.Event()
+    box = Outbox(send, lambda: tick() if ready.is_set() else None)
+    ready.set()
+    deadline = time.monotonic() + 30
+    while clock.now < 200.0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    box.close()
+    assert clock.now >= 200.0
+    assert server.taken == put
+    assert 2 <= len(tried) <= 6
+    assert all(later - earlier >= 2 * outbox.FLUSH_SECONDS for earlier, later in itertools.pairwise(tried))
+    assert [record.message for record in caplog.records] == [
+        "tracking: nobody listens; records wait and the task goes on"
+    ]
 
 
 def test_closing_ticks_once_more_and_sends_the_rest(server: Server, make: Callable[..., Outbox]) -> None:

@@ -57,7 +57,9 @@ def test_the_published_stages_fit_where_they_were_published() -> None:
         recipe = Recipe.load(name, "paper")
         for stage in recipe.stages:
             assert m.fits(recipe, stage), (name, stage.name)
-            assert m.min_devices(recipe, stage, m.available(stage.compute)) <= stage.compute.devices
+            fewest = m.min_devices(recipe, stage, m.available(stage.compute))
+            assert fewest is not None
+            assert fewest <= stage.compute.devices
 
 
 def test_without_sharding_two_point_oh_fits_no_device(paper: Recipe) -> None:
@@ -134,6 +136,7 @@ def cut_weights(names: list[str]) -> list[int]:
     found = []
     for name in names:
         network = build_network(Recipe.load(name, "tiny").network)
+        assert dist.group.WORLD is not None
         shard_(network, dist.group.WORLD)
         found.append(num_parameters(network))
     dist.destroy_process_group()
@@ -164,8 +167,20 @@ def test_encoders_that_stand_beside_training_are_counted(paper: Recipe) -> None:
 def test_weights_of_text_encoders_are_those_of_the_networks() -> None:
     from transformers import AutoModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    sizes = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
-    clip = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    sizes: dict[str, Any] = {
+        "d_model": 4096,
+        "d_ff": 10240,
+        "d_kv": 64,
+        "num_heads": 64,
+        "num_layers": 24,
+        "vocab_size": 32128,
+    }
+    clip: dict[str, Any] = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
     with torch.device("meta"):
         t5 = num_parameters(T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu")))
         both = t5 + num_parameters(CLIPTextModel(CLIPTextConfig(**clip)))

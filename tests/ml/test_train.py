@@ -20,14 +20,10 @@ from safetensors.torch import load_file
 
 from infra.compute.task import PREEMPTED
 from infra.tracking import RunLog
-from ml.engines.make import make_engine
 from ml.entry import Call
-from ml.methods import Engine
-from ml.models.autoencoders.registry import build_autoencoder, save_autoencoder
-from ml.models.text import T5_FOLDER
-from ml.models.weights import CheckpointMismatch, Origin, read_card
+from ml.models.weights import CheckpointMismatch, read_card
 from ml.recipe import Recipe
-from ml.train import encoders, main, train_autoencoder, train_stage
+from ml.train import main, train_autoencoder, train_stage
 from ml.training import consumed
 from ml.training.curves import read_log
 
@@ -300,56 +296,6 @@ def test_the_command_line_reaches_both(mini: Recipe, latents: Path, tmp_path: Pa
     assert (tmp_path / "out" / "result.json").is_file()
     with pytest.raises(SystemExit):
         main(["destroy", *arguments[1:]])
-
-
-def encoded(recipe: Recipe, processes: int, workspace: Path, autoencoder: Path) -> tuple[Any, ...]:
-    """What the frozen encoders say on this rank, and how many numbers it holds of them."""
-    document = recipe.stage("stage1").engine.model_dump()
-    section = Engine.model_validate({**document, "tensor_parallel": processes})
-    engine = make_engine(section, recipe.stage("stage1").compute.model_copy(update={"processes": processes}))
-    inputs = {"autoencoder": (autoencoder,)}
-    vae, text = encoders(Call("stage", recipe, workspace, workspace, inputs, {}, RunLog()), engine)
-    said = text.encode(["a red boat", ""])
-    video = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        latents = vae.encode(video)
-        seen = vae.decode(latents)
-    sizes = [sum(weight.numel() for weight in network.parameters()) for network in (vae, text._t5)]
-    engine.close()
-    return (said.context, said.mask, latents, seen), sizes
-
-
-def test_frozen_encoders_are_cut_over_tensor_ranks_and_say_the_same(
-    make_recipe: Callable[..., Recipe], ranks: Callable[..., list[Any]], tmp_path: Path
-) -> None:
-    tiny_t5(tmp_path / "cache" / "text")
-    recipe = make_recipe(text={"kind": "t5", "max_tokens": 6, "context_dim": 32, "pooled_dim": 0})
-    network = build_autoencoder(recipe.autoencoder.net)
-    network.initialise()
-    save_autoencoder(tmp_path / "vae", network, recipe.autoencoder.net, Origin(recipe.id, "vae_stage1"))
-    wanted, whole = encoded(recipe, 1, tmp_path, tmp_path / "vae")
-    for found, sizes in ranks(encoded, recipe, 2, tmp_path, tmp_path / "vae"):
-        assert all(part < 0.75 * all_ for part, all_ in zip(sizes, whole, strict=True))
-        for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def tiny_t5(folder: Path) -> None:
-    """A T5 of random weights where the published one is looked for."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    words = ["<pad>", "</s>", "<unk>", "a", "red", "boat"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(
-        folder / T5_FOLDER
-    )
-    config = T5Config(
-        vocab_size=6, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
-    )
-    T5EncoderModel(config).save_pretrained(folder / T5_FOLDER)
 
 
 def leg(arguments: list[str], stop_after: int) -> int:

@@ -190,13 +190,15 @@ def test_pauses_double_up_to_five_minutes() -> None:
     assert pauses(5.0, 0) == []
 
 
-def test_goodput_is_weighted_by_time_and_silence_counts_as_waste() -> None:
+def test_goodput_is_useful_seconds_over_billed_ones_and_silence_counts_as_waste() -> None:
     def attempt(seconds: float, **more: float) -> RunRecord:
         now = datetime.now(UTC)
         metrics = {"wall_seconds": seconds, "cost_usd": 0.0, **more}
         return RunRecord("r", "e", "n", "FINISHED", now, now, metrics, {}, {})
 
-    assert totals([attempt(100, goodput=0.8), attempt(300, goodput=0.4)])["total_goodput"] == pytest.approx(0.5)
-    assert totals([attempt(100, goodput=0.8), attempt(100)])["total_goodput"] == pytest.approx(0.4)
+    assert totals([attempt(100, seconds_useful=80), attempt(300, seconds_useful=120)])[
+        "total_goodput"
+    ] == pytest.approx(0.5)
+    assert totals([attempt(100, seconds_useful=80), attempt(100)])["total_goodput"] == pytest.approx(0.4)
     assert "total_goodput" not in totals([attempt(100)])
     assert frame_of([attempt(100)], datetime.now(UTC)).empty

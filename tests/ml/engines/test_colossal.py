@@ -238,6 +238,11 @@ def test_a_live_engine_goes_back_to_what_it_was() -> None:
     engine.close()
 
 
+def test_an_engine_that_was_never_set_up_closes() -> None:
+    section = EngineSection.model_validate({**SECTION, "precision": "fp32", "kind": "colossal"})
+    make_engine(section, Compute(accelerators="CPU:1", nodes=1, price="x")).close()
+
+
 def test_it_refuses_another_networks_weights() -> None:
     engine = new_engine({"kind": "colossal", "sharding": "zero1"}, 1)
     masters, moments = everything(engine)

@@ -21,7 +21,7 @@ def test_every_engine_keeps_the_protocol(name: str, kind: type[Engine]) -> None:
 
 
 def test_the_protocol_is_what_the_design_names() -> None:
-    run = {"setup", "accumulate", "backward", "step", "discard", "learning_rate", "close"}
+    run = {"cut", "setup", "accumulate", "backward", "step", "discard", "learning_rate", "close"}
     talk = {"total", "collect", "average", "barrier"}
     keep = {"masters", "moments", "gather", "scatter", "restore", "publish"}
     assert set(METHODS) == run | talk | keep

@@ -4,12 +4,21 @@ from collections.abc import Callable
 from math import inf
 
 import pytest
+import torch
 
 from ml import memory
 from ml.batching.buckets import Cell
 from ml.recipe import Recipe
 from ml.shapes import Size
-from ml.training.batch_search import RealStep, batch_sizes, blank_batch, largest, largest_cell, search
+from ml.training.batch_search import (
+    RealStep,
+    batch_sizes,
+    batch_sizes_apart,
+    blank_batch,
+    largest,
+    largest_cell,
+    search,
+)
 
 STILL, VIDEO = Cell("48x80", 1, Size(48, 80)), Cell("48x80", 5, Size(48, 80))
 
@@ -91,13 +100,21 @@ def test_without_the_gpu_that_is_asked_for_the_answer_is_predicted() -> None:
     assert batch_sizes(recipe, stage, 1.0).sizes["256px"][129] == 0
 
 
+def test_another_process_finds_the_same() -> None:
+    recipe = Recipe.load("v2_0", "paper")
+    stage = recipe.stage("stage1")
+    assert batch_sizes_apart(recipe, stage, 60.0 * memory.GIB) == batch_sizes(recipe, stage, 60.0 * memory.GIB)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_largest_batch_fits_and_one_more_does_not(make_recipe: Callable[..., Recipe]) -> None:
     gpu = {"accelerators": "H100:1", "nodes": 1, "price": "h200-hist-2025q1"}
     recipe = make_recipe(stage={"compute": gpu})
-    stage, room = recipe.stage("stage1"), 2.0 * 2**30
-    found = batch_sizes(recipe, stage, room)
+    stage, room = recipe.stage("stage1"), 2.0 * memory.GIB
+    before = torch.cuda.mem_get_info()[0]
+    found = batch_sizes_apart(recipe, stage, room + memory.CUDA_GIB * memory.GIB)
     assert found.how == "measured"
+    assert torch.cuda.mem_get_info()[0] == pytest.approx(before, abs=0.1 * memory.GIB)
     step, batch = RealStep.of(recipe, stage), found.sizes["48x80"][5]
     assert step(STILL, 1) < room
     assert 0 < batch < 4096

@@ -140,7 +140,7 @@ def test_what_lies_beyond_a_checkpoint_is_cut(tmp_path: Path) -> None:
     first.flush(7)
     resumed = Ledger(tmp_path, engine())
     resumed.cut(4, kept)
-    assert problems(read(tmp_path), steps=4) == []
+    assert problems(read(tmp_path), steps=4, epoch_length=LENGTH) == []
     take(resumed, state, range(5, 7))
     resumed.cut(4)  # back once more, in the same process: what was not flushed is forgotten
     take(resumed, state, range(5, 10))
@@ -183,7 +183,7 @@ def test_batches_passed_over_stay_noted_whatever_is_cut(tmp_path: Path) -> None:
         ledger.add(number - 2, wanted[number : number + 1])
     ledger.flush(5)
     rows = read(tmp_path)
-    assert problems(rows, steps=5) == []
+    assert problems(rows, steps=5, epoch_length=LENGTH) == []
     assert [wanted.index(b) for b in wanted if b.ids in {tuple(i) for i in rows[~rows["used"]]["ids"]}] == [2, 3, 4]
     assert set(rows[~rows["used"]]["reason"]) == {"rolled back"}
     assert counts(rows) == Counter(i for n, b in enumerate(wanted) if n not in (2, 3, 4) for i in b.ids)
@@ -233,4 +233,4 @@ def test_what_a_full_disk_refused_is_written_the_next_time(tmp_path: Path, ranks
     assert refused is None
     assert left == []
     assert list(files) == ["00000001-00000005.parquet"]
-    assert problems(read(tmp_path), steps=5) == []
+    assert problems(read(tmp_path), steps=5, epoch_length=LENGTH) == []

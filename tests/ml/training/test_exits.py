@@ -3,6 +3,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,33 @@ from ml.batching.datasets import LatentBatch
 from ml.batching.readers import LoaderError, ReaderLost
 from ml.methods import Engine
 from ml.models.inputs import Text
+from ml.recipe import Recipe
 from ml.shapes import Size
+from ml.train import main
 from ml.training.checkpoint import CheckpointError
 from ml.training.exits import (
+    NoMemory,
     OutOfMemory,
     Preempted,
+    Short,
     code_of,
     described,
     explain_oom,
     is_oom,
     largest,
+    short_of_memory,
     stopping,
 )
 from ml.training.guard import TrainingDiverged
+from ml.training.step import Denoising
 from ml.training.watch import Watch
 
 Ranks = Callable[..., list[Any]]
-CELL = Cell("256px", 129, Size(256, 256))
+STILL, CELL = Cell("256px", 1, Size(256, 256)), Cell("256px", 129, Size(256, 256))
 SECTION = Engine(
     kind="plain", precision="fp32", grad_clip=1.0, accumulate=1, sequence_parallel=1, checkpoint_blocks=(0, 0)
 )
+STAGE = Short("stage1", SECTION, ranks=1, autoencoder=False)
 
 
 def beyond_memory() -> RuntimeError:
@@ -55,28 +63,72 @@ def test_a_real_failed_allocation_is_recognised_and_explained() -> None:
     error = beyond_memory()
     assert is_oom(error)
     assert code_of(error) == OUT_OF_MEMORY
-    explained = explain_oom(error, CELL, [torch.zeros(2, 16, 33)], "stage1", SECTION)
+    with pytest.raises(NoMemory) as caught, short_of_memory(1):
+        raise error
+    explained = explain_oom(caught.value, [STILL, CELL], [torch.zeros(3), torch.zeros(2, 16, 33)], STAGE)
     said = str(explained)
-    assert said.startswith("bucket 256px/256x256/129 does not fit: batches of shape [2, 16, 33] of float32"), said
+    start = "bucket 256px/256x256/129 does not fit: micro-batch 2 of 2, of shape [2, 16, 33] of float32"
+    assert said.startswith(start), said
     levers = (
-        "checkpoint_blocks",
-        "offload",
-        "sequence_parallel",
-        "sharding",
-        'stages.stage1.buckets."256px".129.batch',
+        "(1) set engine.checkpoint_blocks: [100, 100], recompute: block",
+        "(2) set engine.checkpoint_blocks: [100, 100] with offload: true",
+        '(3) lower stages.stage1.buckets."256px".129.batch',
     )
     assert [said.index(lever) for lever in levers] == sorted(said.index(lever) for lever in levers)
     assert "DefaultCPUAllocator" in said
-    assert code_of(explained) == OUT_OF_MEMORY
+    assert code_of(explained) == code_of(caught.value) == OUT_OF_MEMORY
 
 
-def test_levers_in_use_are_not_offered_again() -> None:
-    section = SECTION.model_copy(update={"offload": True, "sharding": "full"})
-    said = str(explain_oom(MemoryError(), CELL, [], "stage2", section))
-    assert "set engine.offload" not in said
-    assert "set engine.sharding" not in said
-    assert "(3) lower stages.stage2" in said
+def said_of(stage: Short, error: NoMemory) -> str:
+    return str(explain_oom(error, [STILL, CELL], [None, None], stage))
+
+
+def test_only_levers_that_the_stage_would_take_are_offered() -> None:
+    section = SECTION.model_copy(update={"checkpoint_blocks": (100, 100), "offload": True, "sharding": "full"})
+    said = said_of(replace(STAGE, engine=section, ranks=2), NoMemory(MemoryError(), 0))
+    assert "The allocator said: MemoryError" in said
+    assert "(1) set engine.checkpoint_blocks: [100, 100], recompute: block" not in said
+    assert "offload: true" not in said
+    assert '(1) set engine.sequence_parallel: 2; (2) lower stages.stage1.buckets."256px".1.batch' in said
     assert "shape unknown" in said
+
+
+def greedy(engine: Any, data: Any, generator: Any) -> Any:
+    """Asks for 4 PiB, which no address space has."""
+    return torch.empty(2**50)
+
+
+def test_a_batch_that_does_not_fit_ends_with_its_code_and_its_name(
+    tmp_path: Path, latents: Path, mini: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Denoising, "loss", lambda self, *given: greedy(*given))
+    (tmp_path / "recipe.yaml").write_text(mini.dump(), encoding="utf-8")
+    arguments = ["stage", "--recipe", str(tmp_path / "recipe.yaml"), "--workspace", str(tmp_path), "--out"]
+    arguments += [str(tmp_path / "out"), "--input", f"latents={latents}", "--option", "stage=stage1"]
+    assert main(arguments) == OUT_OF_MEMORY
+    said = capsys.readouterr().err
+    assert "OutOfMemory: bucket 48x80/" in said
+    assert "does not fit: micro-batch 1 of" in said
+    assert 'stages.stage1.buckets."48x80".' in said
+    assert json.loads((tmp_path / "out" / "stopped.json").read_text())["code"] == OUT_OF_MEMORY
+
+
+def test_a_phase_of_the_autoencoder_is_told_its_own_key_and_no_lever() -> None:
+    said = said_of(replace(STAGE, autoencoder=True), NoMemory(MemoryError(), 0))
+    assert "Try in this order: (1) lower autoencoder.stages.stage1.batch. The" in said
+
+
+def test_an_update_that_does_not_fit_names_every_bucket() -> None:
+    with pytest.raises(NoMemory) as caught, short_of_memory(None):
+        raise MemoryError
+    said = said_of(STAGE, caught.value)
+    assert said.startswith("bucket 256px/256x256/1, 256px/256x256/129 does not fit: the update, of shape unknown")
+    assert 'lower stages.stage1.buckets."256px".1.batch or stages.stage1.buckets."256px".129.batch' in said
+
+
+def test_other_errors_pass_a_step_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes do not match"), short_of_memory(0):
+        raise RuntimeError("shapes do not match")
 
 
 def test_the_largest_tensor_of_a_batch_is_the_one_that_matters() -> None:

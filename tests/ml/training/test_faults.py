@@ -30,7 +30,6 @@ from safetensors import safe_open
 from infra.compute.attempt import Attempts
 from infra.compute.ending import Ending
 from infra.compute.local import LocalLauncher
-from infra.compute.supervise import ranks
 from infra.compute.task import Resources, Task, TaskFailed
 from infra.ledger import Ledger
 from infra.runs import RunRecord, Tag
@@ -46,6 +45,29 @@ from ml.training.watch import read_beats
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 STEPS = 45
+# Batches of an epoch: seven clips as images by three, and as five frames by two.
+EPOCH = 3 + 4
+# `ml.train` that makes no step beyond the one that the file `hold` in its folder says, unless it is asked to stop.
+HELD = """
+import sys, time
+from ml import train
+from ml.training.trainer import Trainer
+
+def held(trainer, step, advance=Trainer._advance):
+    while step > last(trainer.plan.out / "hold") and not trainer.aids.asked():
+        trainer.watch.beat(step, "waiting for data")
+        time.sleep(0.02)
+    return advance(trainer, step)
+
+def last(file):
+    try:
+        return int(file.read_text())
+    except FileNotFoundError:
+        return 10**9
+
+Trainer._advance = held
+sys.exit(train.main())
+"""
 SHARD, SPOILED = "latents-00000.safetensors", "clip3/48x80/48x80/5"
 MakeRecipe = Callable[..., Recipe]
 
@@ -59,17 +81,18 @@ class Rig:
     latents: Path
     make_recipe: MakeRecipe
 
-    def task(self, name: str, processes: int = 1, latents: Path | None = None, **stage: Any) -> Task:
-        """A training of two ranks, or one."""
+    def task(self, name: str, processes: int = 1, latents: Path | None = None, held_at: int = 0, **stage: Any) -> Task:
+        """A training of two ranks, or one, which is held after a step."""
         compute = {"accelerators": "CPU:2", "nodes": 1, "price": "cpu-assume-2026", "processes": processes}
         recipe = self.make_recipe(stage={"steps": STEPS, "checkpoint_every": 5, "compute": compute, **stage})
         out = self.root / "stage1" / name
         out.mkdir(parents=True)
+        hold(out, held_at)
         (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
         arguments = ["stage", "--recipe", str(out / "recipe.yaml"), "--workspace", str(self.root), "--out", str(out)]
         arguments += ["--input", f"latents={latents or self.latents}", "--option", "stage=stage1"]
         resources = Resources("CPU:2", 1, "cpu-assume-2026")
-        task = Task("v2_0-mini/dit_stage1", "ml.train", tuple(arguments), out, resources, "headline", "faults")
+        task = Task("v2_0-mini/dit_stage1", "held_train", tuple(arguments), out, resources, "headline", "faults")
         return replace(task, processes=processes, retries=3, grace_seconds=60.0)
 
     def run(self, task: Task, sabotage: Callable[[Task], None] | None = None) -> list[RunRecord]:
@@ -107,11 +130,17 @@ class Rig:
 
 
 @pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory, empty_store: Path, make_recipe: MakeRecipe, latents: Path) -> Rig:
+def rig(
+    tmp_path_factory: pytest.TempPathFactory, empty_store: Path, make_recipe: MakeRecipe, latents: Path
+) -> Iterator[Rig]:
     """One store for all tests; their tasks differ in their keys."""
     root = tmp_path_factory.mktemp("faults")
     shutil.copy(empty_store, root / "mlflow.db")
-    return Rig(root, Tracker(f"sqlite:///{root / 'mlflow.db'}"), latents, make_recipe)
+    (root / "modules").mkdir()
+    (root / "modules" / "held_train.py").write_text(HELD, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(root / "modules"), prepend=os.pathsep)
+        yield Rig(root, Tracker(f"sqlite:///{root / 'mlflow.db'}"), latents, make_recipe)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +159,16 @@ def weights(task: Task) -> bytes:
     return (task.out / "weights.safetensors").read_bytes()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+def hold(out: Path, step: int) -> None:
+    """Let a training go on to the end of a step, and no further; 0: as far as it likes."""
+    if step:
+        (out / "hold.partial").write_text(str(step), encoding="utf-8")
+        (out / "hold.partial").replace(out / "hold")
+    else:
+        (out / "hold").unlink(missing_ok=True)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 150) -> Any:
     """What the condition gave when it held."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -143,18 +181,25 @@ def steps_done(task: Task) -> int:
     return len(read_log(task.out / "loss.csv")) if (task.out / "loss.csv").is_file() else 0
 
 
-def ranks_at(task: Task, step: int) -> list[psutil.Process]:
-    """The processes that train, by rank, once so many steps are made."""
-    wait_for(lambda: steps_done(task) >= step)
+def held_ranks(task: Task) -> list[psutil.Process]:
+    """The processes that train, by rank, once all of them are held and the step is in the log."""
+    step = int((task.out / "hold").read_text())
+    wait_for(lambda: steps_done(task) == step)
     run_id = json.loads((task.out / "attempt.json").read_text())["run_id"]
-    beats = wait_for(lambda: (b := read_beats(task.out, run_id)) and len(b) == task.processes and b)
+    beats = wait_for(
+        lambda: (
+            len(found := read_beats(task.out, run_id)) == task.processes
+            and all(beat.step == step + 1 for beat in found)
+            and found
+        )
+    )
     return [psutil.Process(beat.pid) for beat in beats]
 
 
 def check_whole(task: Task) -> None:
     """Every step is in the log once, and every batch in the ledger."""
     assert read_log(task.out / "loss.csv")["step"].tolist() == list(range(1, STEPS + 1))
-    assert consumed.problems(consumed.read(task.out / "consumed")) == []
+    assert consumed.problems(consumed.read(task.out / "consumed"), STEPS, EPOCH) == []
 
 
 def purposes(attempts: list[RunRecord]) -> list[str]:
@@ -162,7 +207,11 @@ def purposes(attempts: list[RunRecord]) -> list[str]:
 
 
 def test_kill_9_of_a_rank(rig: Rig, straight: Callable[[int], bytes]) -> None:
-    attempts = rig.run(task := rig.task("kill", 2), lambda task: ranks_at(task, 12)[1].kill())
+    def kill(task: Task) -> None:
+        held_ranks(task)[1].kill()
+        hold(task.out, 0)
+
+    attempts = rig.run(task := rig.task("kill", 2, held_at=12), kill)
     assert purposes(attempts) == ["failed", "headline"]
     assert weights(task) == straight(2)
     check_whole(task)
@@ -170,30 +219,32 @@ def test_kill_9_of_a_rank(rig: Rig, straight: Callable[[int], bytes]) -> None:
 
 def test_sigterm_saves_the_place_and_training_goes_on_from_it(rig: Rig, straight: Callable[[int], bytes]) -> None:
     def take_the_machine(task: Task) -> None:
-        ranks_at(task, 12)
+        held_ranks(task)
         os.kill(json.loads((task.out / "attempt.json").read_text())["pid"], signal.SIGTERM)
+        wait_for(lambda: "asked to stop (SIGTERM): saved step 13" in (task.out / "task.log").read_text())
+        hold(task.out, 0)
 
-    attempts = rig.run(task := rig.task("sigterm", 2), take_the_machine)
+    attempts = rig.run(task := rig.task("sigterm", 2, held_at=12), take_the_machine)
     assert purposes(attempts) == ["preempted", "headline"]
     ending = Ending.read(task.out, attempts[0].run_id)
     assert ending is None, "a finished attempt leaves no reason to have stopped"
     said = (task.out / "task.log").read_text()
-    assert "asked to stop (SIGTERM): saved step" in said
-    assert f"resumed at step {said.partition('saved step ')[2].split()[0]} of {STEPS}" in said
+    assert f"resumed at step 13 of {STEPS}" in said
     assert weights(task) == straight(2)
     check_whole(task)
 
 
 def test_a_truncated_checkpoint_is_passed_over(rig: Rig, straight: Callable[[int], bytes]) -> None:
     def damage(task: Task) -> None:
-        [process] = ranks_at(task, 17)
-        process.suspend()
-        newest = max((task.out / "checkpoints").glob("step-????????"))
+        [process] = held_ranks(task)
+        newest = task.out / "checkpoints" / "step-00000015"
+        wait_for(newest.is_dir)
         [file] = newest.glob("masters-*")
         os.truncate(file, file.stat().st_size - 100)
         process.kill()
+        hold(task.out, 0)
 
-    attempts = rig.run(task := rig.task("truncated"), damage)
+    attempts = rig.run(task := rig.task("truncated", held_at=17), damage)
     assert purposes(attempts) == ["failed", "headline"]
     assert "going back to the checkpoint before it" in (task.out / "task.log").read_text()
     assert weights(task) == straight(1)
@@ -204,13 +255,16 @@ def test_a_full_disk_costs_a_checkpoint_and_no_training(rig: Rig, straight: Call
     """No file of the process may grow beyond 20 kB for a while: the log of losses fits, weights do not."""
 
     def fill(task: Task) -> None:
-        [process] = ranks_at(task, 7)
+        [process] = held_ranks(task)
         before = process.rlimit(psutil.RLIMIT_FSIZE)
         process.rlimit(psutil.RLIMIT_FSIZE, (20_000, before[1]))
+        hold(task.out, 17)
+        held_ranks(task)
         wait_for(lambda: "was not saved" in (task.out / "task.log").read_text())
         process.rlimit(psutil.RLIMIT_FSIZE, before)
+        hold(task.out, 0)
 
-    attempts = rig.run(task := rig.task("full"), fill)
+    attempts = rig.run(task := rig.task("full", held_at=7), fill)
     assert purposes(attempts) == ["headline"]
     assert "training goes on, those before it stay" in (task.out / "task.log").read_text()
     assert weights(task) == straight(1)
@@ -270,13 +324,14 @@ def test_a_rank_that_hangs_is_named_and_training_goes_on(rig: Rig, straight: Cal
     reasons = list[str]()
 
     def freeze(task: Task) -> None:
-        stopped = ranks_at(task, 12)[1]
+        stopped = held_ranks(task)[1]
         stopped.suspend()
+        hold(task.out, 0)
         wait_for((task.out / "stopped.json").is_file)
         reasons.append(json.loads((task.out / "stopped.json").read_text())["reason"])
         stopped.resume()  # or torchrun would wait its half minute before it kills it
 
-    attempts = rig.run(task := rig.task("hang", 2, survival={"hang_seconds": 6.0}), freeze)
+    attempts = rig.run(task := rig.task("hang", 2, held_at=12, survival={"hang_seconds": 15.0}), freeze)
     assert purposes(attempts) == ["failed", "headline"]
     assert reasons[0].startswith("rank 1 was ")
     assert "its process is stopped or gone" in reasons[0]
@@ -306,33 +361,35 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_an_mlflow_server_that_is_away_for_a_while_misses_nothing(rig: Rig, tmp_path: Path, empty_store: Path) -> None:
-    """The training is held up while the server starts again, or it would have ended by then."""
+@pytest.mark.timeout(420)
+def test_an_mlflow_server_that_is_away_for_a_minute_misses_nothing(rig: Rig, tmp_path: Path, empty_store: Path) -> None:
+    """Training makes steps 7 to 30 meanwhile, and says that its records wait."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     remote = replace(rig, tracker=Tracker(f"http://127.0.0.1:{port}"))
-    task, restarted = remote.task("server"), threading.Event()
-
-    def go_on(task: Task) -> None:
-        restarted.wait(120)
-        for pid in ranks(task.out, json.loads((task.out / "attempt.json").read_text())["run_id"]):
-            psutil.Process(pid).resume()
-
-    def train() -> None:
-        found.extend(remote.run(task, go_on))
-
-    found, thread = list[RunRecord](), threading.Thread(target=train)
+    task, found = remote.task("server", held_at=6), list[RunRecord]()
+    thread = threading.Thread(target=lambda: found.extend(remote.run(task)))
     with server(tmp_path, port):
         thread.start()
-        [process] = ranks_at(task, 6)
-    wait_for(lambda: steps_done(task) >= 20)
-    process.suspend()
+        held_ranks(task)
+    away = time.monotonic()
+    hold(task.out, 30)
+    held_ranks(task)
+    wait_for(lambda: "records wait and the task goes on" in (task.out / "task.log").read_text())
+    assert [step for step in steps_sent(tmp_path, task) if step > 6] == []
+    time.sleep(max(0.0, away + 60 - time.monotonic()))
     with server(tmp_path, port):
-        restarted.set()
-        thread.join(timeout=120)
+        hold(task.out, 0)
+        thread.join(timeout=150)
     assert purposes(found) == ["headline"]
-    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
-        rows = store.execute("select step from metrics where run_uuid = ? and key = 'loss'", (found[0].run_id,))
-        assert sorted({step for (step,) in rows}) == list(range(1, STEPS + 1))
+    assert steps_sent(tmp_path, task) == list(range(1, STEPS + 1))
+
+
+def steps_sent(folder: Path, task: Task) -> list[int]:
+    """The steps whose losses are in the server's store."""
+    run_id = json.loads((task.out / "attempt.json").read_text())["run_id"]
+    with closing(sqlite3.connect(folder / "mlflow.db")) as store:
+        rows = store.execute("select distinct step from metrics where run_uuid = ? and key = 'loss'", (run_id,))
+        return sorted(step for (step,) in rows)

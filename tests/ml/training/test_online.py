@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infra.tracking import RunLog
 from ml.architectures import Latent
 from ml.batching.datasets import ClipBatch, ClipBatches, ClipDataset, DatasetError, LatentDataset, batch_sizes
 from ml.batching.encoding import captions_of
@@ -16,11 +17,13 @@ from ml.batching.sampler import Batch, BucketSampler, Position
 from ml.batching.stream import BatchStream
 from ml.encode import encode_latents, plan_items
 from ml.engines.make import make_engine
-from ml.methods import Loading
+from ml.entry import Call
+from ml.methods import Engine, Loading
 from ml.models.autoencoders.registry import build_autoencoder, save_autoencoder
-from ml.models.text import MiniLM, build_text_encoder
+from ml.models.text import T5, T5_FOLDER, MiniLM, build_text_encoder
 from ml.models.weights import Origin
 from ml.recipe import Recipe
+from ml.train import encoders
 from ml.training.networks import new_transformer, open_autoencoder
 from ml.training.objective import denoising
 from ml.training.online import Online, Source, Words, clip_dataset, latent_source, online_source
@@ -194,3 +197,52 @@ def test_a_caption_is_embedded_once_and_the_oldest_are_forgotten(recipe: Recipe,
 
 def clip_dataset_rule(recipe: Recipe, footage: Any) -> Any:
     return clip_dataset(recipe, recipe.stage("stage1"), *folders(footage)).bucketing
+
+
+def encoded(recipe: Recipe, processes: int, workspace: Path, autoencoder: Path) -> tuple[Any, ...]:
+    """What the frozen encoders say on this rank, and how many numbers it holds of them."""
+    document = recipe.stage("stage1").engine.model_dump()
+    section = Engine.model_validate({**document, "tensor_parallel": processes})
+    engine = make_engine(section, recipe.stage("stage1").compute.model_copy(update={"processes": processes}))
+    inputs = {"autoencoder": (autoencoder,)}
+    vae, text = encoders(Call("stage", recipe, workspace, workspace, inputs, {}, RunLog()), engine)
+    assert isinstance(text, T5)
+    said = text.encode(["a red boat", ""])
+    video = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        latents = vae.encode(video)
+        seen = vae.decode(latents)
+    sizes = [sum(weight.numel() for weight in network.parameters()) for network in (vae, text._t5)]
+    engine.close()
+    return (said.context, said.mask, latents, seen), sizes
+
+
+def test_frozen_encoders_are_cut_over_tensor_ranks_and_say_the_same(
+    make_recipe: Callable[..., Recipe], ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    tiny_t5(tmp_path / "cache" / "text")
+    recipe = make_recipe(text={"kind": "t5", "max_tokens": 6, "context_dim": 32, "pooled_dim": 0})
+    vae = saved(recipe, tmp_path / "vae")
+    wanted, whole = encoded(recipe, 1, tmp_path, vae)
+    for found, sizes in ranks(encoded, recipe, 2, tmp_path, vae):
+        assert all(part < 0.75 * all_ for part, all_ in zip(sizes, whole, strict=True))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def tiny_t5(folder: Path) -> None:
+    """A T5 of random weights where the published one is looked for."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "boat"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(
+        folder / T5_FOLDER
+    )
+    config = T5Config(
+        vocab_size=6, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    T5EncoderModel(config).save_pretrained(folder / T5_FOLDER)

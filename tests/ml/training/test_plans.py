@@ -20,6 +20,7 @@ def test_every_stage_has_an_identity_and_a_seed_of_its_own(mini: Recipe) -> None
     assert made == plans(mini)
     assert (made[0].steps, made[0].checkpoint_every, made[0].ema_decay) == (6, 2, 0.9)
     assert made[-1].ema_decay is None
+    assert [plan.autoencoder for plan in made] == [False] * 3 + [True]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from ml.shapes import Size
 from ml.training.checkpoint import Identity
 from ml.training.consumed import counts, problems, read
 from ml.training.curves import read_log
-from ml.training.exits import Preempted
+from ml.training.exits import OutOfMemory, Preempted
 from ml.training.guard import TrainingDiverged
 from ml.training.meter import Meter
 from ml.training.optim import adamw, schedule
@@ -32,6 +32,7 @@ from ml.training.trainer import Aids, Look, Plan, Trainer
 ADAM = Adam(lr=0.01, eps=1e-8, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=3)
 CELL = Cell("48x80", 5, Size(48, 80))
 IDS = [f"clip{i}" for i in range(7)]
+EPOCH = 4  # batches of two, the last of one
 
 
 class Noisy(Objective[Tensor]):
@@ -151,7 +152,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path, killed_at: int, precision:
         assert torch.equal(straight.engine.masters()[name], resumed.engine.masters()[name])
     ledgers = [read(tmp_path / name / "consumed") for name in ("straight", "killed")]
     assert ledgers[0].equals(ledgers[1])
-    assert problems(ledgers[1]) == []
+    assert problems(ledgers[1], steps=9, epoch_length=EPOCH) == []
     logs = [read_log(tmp_path / name / "loss.csv") for name in ("straight", "killed")]
     for column in ("step", "loss", "lr", "grad_norm", "examples", "bucket"):
         assert logs[0][column].tolist() == logs[1][column].tolist()
@@ -340,7 +341,7 @@ def test_steps_that_stay_wrong_send_training_back_past_their_batches(out: Path) 
     assert len(passed) > 0
     assert not passed["used"].any()
     assert rows[rows["used"]]["step"].max() == 12
-    assert problems(rows) == []
+    assert problems(rows, steps=12, epoch_length=EPOCH) == []
     assert read_log(out / "loss.csv")["step"].tolist() == list(range(1, 13))
     assert trainer.aids.meter.goodput() < 1
 
@@ -376,6 +377,14 @@ def test_sigterm_saves_and_stops_and_the_rest_follows_exactly(out: Path, tmp_pat
     (tmp_path / "straight").mkdir()
     straight = run(plan(tmp_path / "straight"))
     assert all(torch.equal(resumed.weights()[name], weight) for name, weight in straight.weights().items())
+
+
+def test_what_does_not_fit_is_named_with_its_micro_batch_and_what_would_help(out: Path) -> None:
+    def ask(call: int) -> None:
+        torch.empty(2**50 if call == 4 else 1)  # 4 PiB are more than an address space
+
+    with pytest.raises(OutOfMemory, match=r"bucket 48x80/48x80/5 does not fit: micro-batch 2 of 2, of shape \[\d, 3\]"):
+        run(plan(out), Noisy(ask))
 
 
 def test_another_recipes_checkpoints_stop_the_run(out: Path) -> None:
