@@ -3,7 +3,7 @@
     python -m benchmarks.train_throughput                          one row, sized for this machine
     python -m benchmarks.train_throughput --levers                 what each lever gives, alone and together
     python -m benchmarks.train_throughput --compare                beside the same step in plain torch modules (CPU)
-    python -m benchmarks.train_throughput --gpu-table              everything for one H100 or H200, within 8 minutes
+    python -m benchmarks.train_throughput --gpu-table              everything for one H100 or H200 (8 minutes, untried)
 
 On a GPU the slice of 2.0 is 2 double and 4 single blocks of 19 and 38 at full width in bf16, so that weights, masters
 and moments (25 GB) leave room for what is measured; on a CPU it is small and in fp32. Model FLOPs and the estimate for

@@ -140,19 +140,6 @@ def test_every_step_of_the_walk_is_there_and_up_to_date(house: House) -> None:
         assert (house.folder_of(name) / "weights.safetensors").is_file()
 
 
-def test_clips_are_made_on_request_from_text_and_from_a_picture(house: House) -> None:
-    picture, film = house.folder / "first.png", house.folder / "footage" / "take0.mp4"
-    Image.new("RGB", (160, 96), (200, 40, 40)).save(picture)
-    plain = Path(house.say("sample", "micro", "--prompt", "waves", "--seed", "5").strip().splitlines()[-1])
-    given = ["--ref", str(picture), "--set", "condition=i2v_head"]
-    led = Path(house.say("sample", "micro", "--prompt", "waves", "--seed", "5", *given).strip().splitlines()[-1])
-    clips = [(folder / "videos" / "0-5.mp4").read_bytes() for folder in (plain, led)]
-    assert clips[0] != clips[1]
-    assert "t2v" in house.say("sample", "micro", "--prompt", "waves", "--ref", str(picture), code=1)
-    given[1] = str(film)
-    assert "cut the video" in house.say("sample", "micro", "--prompt", "waves", *given, code=1)
-
-
 def test_a_broken_file_became_a_rejected_row_with_its_reason(house: House) -> None:
     walk = house.walk
     step = walk.step(("corpus", "sample"))
@@ -200,6 +187,21 @@ def test_a_second_walk_recomputes_nothing(house: House) -> None:
     assert "up to date" in output
     assert " + " not in output
     assert len(house.rows) == before
+
+
+def test_clips_are_made_on_request_from_text_and_from_a_picture(house: House) -> None:
+    picture, film = house.folder / "first.png", house.folder / "footage" / "take0.mp4"
+    Image.new("RGB", (160, 96), (200, 40, 40)).save(picture)
+    plain = Path(house.say("sample", "micro", "--prompt", "waves", "--seed", "5").strip().splitlines()[-1])
+    given = ["--ref", str(picture), "--set", "condition=i2v_head"]
+    led = Path(house.say("sample", "micro", "--prompt", "waves", "--seed", "5", *given).strip().splitlines()[-1])
+    asked = [row.purpose for row in house.rows.itertuples() if row.step.endswith("/generated")]
+    assert asked == ["eval", "eval"]
+    clips = [(folder / "videos" / "0-5.mp4").read_bytes() for folder in (plain, led)]
+    assert clips[0] != clips[1]
+    assert "t2v" in house.say("sample", "micro", "--prompt", "waves", "--ref", str(picture), code=1)
+    given[1] = str(film)
+    assert "cut the video" in house.say("sample", "micro", "--prompt", "waves", *given, code=1)
 
 
 def test_the_dataset_comes_back_byte_for_byte(house: House) -> None:

@@ -27,7 +27,8 @@ def stop_asked(folder: Path) -> Iterator[Asked]:
     """A callable that gives "" until somebody asks training to stop, then who did; the old handlers come back.
 
     A file `stop` in the folder asks every rank that sees it: agents that hear of a spot machine's end write one. One
-    from before this process was started asked an earlier attempt, and is removed. Main thread only.
+    from before this process was started asked an earlier attempt, and is removed, as is one that was served. Main
+    thread only.
     """
     file, asked = folder / STOP, list[str]()
     forget(file)
@@ -41,6 +42,8 @@ def stop_asked(folder: Path) -> Iterator[Asked]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        # The wish is served: it must not stop the next attempt, which may start within the clock's resolution.
+        file.unlink(missing_ok=True)
 
 
 def forget(file: Path) -> None:

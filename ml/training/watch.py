@@ -65,7 +65,8 @@ class Watch:
         self.folder, self.rank, self.hang_seconds, self.run_id = folder, rank, hang_seconds, run_id
         self.tick = min(LONGEST_TICK_SECONDS, hang_seconds / SHARE)
         self.pause = min(LONGEST_PAUSE_SECONDS, hang_seconds / 2)
-        self._beat = self._new(0, 0, "starting")
+        # How long nothing moved is told by a clock that nobody sets.
+        self._beat, self._since = self._new(0, 0, "starting"), time.monotonic()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -87,7 +88,7 @@ class Watch:
 
     def beat(self, step: int, doing: str) -> None:
         """Say what this rank does now; microseconds, and the file follows within a tick."""
-        self._beat = self._new(self._beat.number + 1, step, doing)
+        self._beat, self._since = self._new(self._beat.number + 1, step, doing), time.monotonic()
         late = self.hang_seconds + 2 * self.pause
         faulthandler.dump_traceback_later(late, exit=True, file=self._stacks)
 
@@ -99,7 +100,7 @@ class Watch:
         while not self._closing.wait(self.tick):
             self._write()
             beat = self._beat
-            if time.time() - beat.time > self.hang_seconds:
+            if time.monotonic() - self._since > self.hang_seconds:
                 self._hangs(beat)
 
     def _hangs(self, beat: Beat) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.factorised_attention import SIZES, FullBlock, Similar, flop_ratio, full_flops, main, measure
+from ml.models.sequence import HERE
 from ml.models.stdit_layers import Moment, PackedText
 
 
@@ -29,7 +30,7 @@ def test_the_full_block_does_the_work_of_its_formula(monkeypatch: pytest.MonkeyP
     size = case.config.hidden_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         x, text = torch.zeros(1, frames, height * width // 4, size), PackedText(torch.zeros(7, size), [7])
-        out = FullBlock(case.config)(x, Moment(torch.zeros(1, 6 * size)), text, torch.zeros(1, frames, size))
+        out = FullBlock(case.config)(x, Moment(torch.zeros(1, 6 * size)), text, HERE, torch.zeros(1, frames, size))
     assert out.shape == x.shape
     assert counter.get_total_flops() * case.config.depth == full_flops(case.config, case.grid, 7)
 

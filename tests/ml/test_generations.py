@@ -70,7 +70,7 @@ def test_a_generation_trains_samples_and_is_measured(name: str, make_call: MakeC
     encoder = walked.autoencoder()
     latents = walked.run("latents", encode_latents, {"dataset": footage.dataset, "autoencoder": encoder})
     check_latents(recipe, LatentDataset(latents))
-    checkpoints = walked.stages(latents)
+    checkpoints = walked.stages(latents, encoder)
     losses = walked.run(
         "losses",
         measure_losses,
@@ -112,10 +112,10 @@ class Walked:
         save_file(Lpips("alex").state_dict(), folder / "alex.safetensors")
         return folder
 
-    def stages(self, latents: Path) -> list[Path]:
+    def stages(self, latents: Path, autoencoder: Path) -> list[Path]:
         made: list[Path] = []
         for stage in self.recipe.stages:
-            inputs = {"latents": latents} | ({"init": made[-1]} if made else {})
+            inputs = {"latents": latents, "autoencoder": autoencoder} | ({"init": made[-1]} if made else {})
             made.append(self.run("stage", train_stage, inputs, f"dit_{stage.name}", stage=stage.name))
         return made
 

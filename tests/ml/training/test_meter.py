@@ -36,7 +36,8 @@ def grown(mib: int) -> tuple[float, float]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and its memory is what counts")
 def test_the_peak_is_of_what_was_held_once(ranks: Callable[..., list[Any]]) -> None:
     [(before, after)] = ranks(grown, 200, count=1)
-    assert after - before == pytest.approx(200, rel=0.1)
+    # What was freed before is held again first, and the allocator rounds up: never less, and not half as much again.
+    assert 199 <= after - before <= 300
 
 
 def test_goodput_counts_what_was_computed_and_kept() -> None:
