@@ -311,12 +311,12 @@ def _weights(recipe: Recipe, stage: AnyStage) -> Weights:
 
 
 def _encoders(recipe: Recipe, stage: AnyStage) -> float:
-    """Bytes of autoencoder and text encoder, once for clips that are encoded and once for samples that are shown."""
+    """Bytes of autoencoder and text encoder, where clips are encoded or samples are shown."""
     if isinstance(stage, AutoencoderStage):
         return 0.0
     shows = stage.validation is not None and bool(stage.validation.prompts)
     weights = _autoencoder_size(recipe)[0] + TEXT_WEIGHTS[recipe.text.kind]
-    return ENCODER_BYTES * weights * ((stage.loading.source == "clips") + shows)
+    return ENCODER_BYTES * weights * (stage.loading.source == "clips" or shows)
 
 
 def _autoencoder_weights(recipe: Recipe, stage: AutoencoderStage) -> tuple[float, float]:

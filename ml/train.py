@@ -6,7 +6,8 @@ that training was asked to stop and saved its place, so that calling it again go
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ from ml.training.stopping import Asked, never
 from ml.training.trainer import Aids, Trainer
 from ml.training.validation import Exam, Validator
 
+# The frozen encoders, opened once, by whoever asks first.
+Opened = Callable[[], tuple[VideoAutoencoder, TextEncoder]]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one call; the exit code."""
@@ -63,7 +67,8 @@ def train_stage(call: Call, asked: Asked = never) -> None:
     recipe, stage = call.recipe, call.recipe.stage(call.option("stage"))
     call.log.params({**report.params(stage), **report.params(recipe.network, "model.")})
     plan, engine = stage_plan(recipe, stage, call.out), make_engine(stage.engine, stage.compute)
-    source = source_of(call, stage, plan.seed, engine)
+    opened = cache(partial(encoders, call, engine))
+    source = source_of(call, stage, plan.seed, opened)
     network = starting_transformer(call, recipe)
     prepare(network, stage.engine)
     if stage.lora is not None:
@@ -72,7 +77,7 @@ def train_stage(call: Call, asked: Asked = never) -> None:
     engine.setup(network, adamw(stage.optimizer), schedule(stage.optimizer, stage.steps))
     sizes = batch_sizes(source.groups, stage)
     sampler = BucketSampler(source.groups, sizes, plan.seed, engine.data_rank, engine.data_size)
-    beside = aids(call, engine, stage.compute, asked, validator(call, stage, network, engine))
+    beside = aids(call, engine, stage.compute, asked, validator(call, stage, network, opened))
     stream = BatchStream(sampler, source.load, stage.loading, pin=engine.device.type == "cuda")
     with stream, Trainer(engine, objective, stream, plan, beside) as trainer:
         trainer.fit()
@@ -123,12 +128,12 @@ def latent_of(autoencoder: VideoAutoencoder, recipe: Recipe, videos: Iterable[Te
     return recipe.autoencoder.latent or measured_latent(autoencoder, recipe.autoencoder.kind, videos)
 
 
-def source_of(call: Call, stage: Stage, seed: int, engine: Engine) -> Source:
+def source_of(call: Call, stage: Stage, seed: int, opened: Opened) -> Source:
     """Where the batches of a transformer stage come from."""
     recipe = call.recipe
     if stage.loading.source == "latents":
         return latent_source(LatentDataset(call.input("latents")), stage)
-    autoencoder, text = encoders(call, engine)
+    autoencoder, text = opened()
     clips = clip_dataset(recipe, stage, call.input("dataset"), call.workspace)
     return online_source(recipe, stage, clips, seed, autoencoder, text)
 
@@ -141,14 +146,14 @@ def encoders(call: Call, engine: Engine) -> tuple[VideoAutoencoder, TextEncoder]
     return autoencoder.to(engine.device), text
 
 
-def validator(call: Call, stage: Stage, network: Network, engine: Engine) -> Validator | None:
+def validator(call: Call, stage: Stage, network: Network, opened: Opened) -> Validator | None:
     """The look at training that a stage asks for; held-out latents and, for samples, the autoencoder are inputs."""
     section = stage.validation
     if section is None:
         return None
     preview = None
     if section.prompts:
-        autoencoder, text = encoders(call, engine)
+        autoencoder, text = opened()
         preview = Sampled(call.recipe, stage, autoencoder, text)
     exam = Exam.of(call.recipe, stage, LatentDataset(call.input("latents")), preview)
     return Validator(network, section.every, exam, call.out, call.log)

@@ -159,9 +159,9 @@ class Trainer:
             look(step, self)
 
     def _step(self, step: int) -> tuple[dict[str, Any], StepReport, tuple[Batch, ...]]:
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self.stream.waited
         fetched = [self.stream.next() for _ in range(self._micro_batches)]
-        waited = time.perf_counter() - started
+        waited = self.stream.waited - waited
         batches = tuple(batch for batch, _ in fetched)
         lr = self.engine.learning_rate()
         self.watch.beat(step, "computing")
